@@ -1,0 +1,132 @@
+"""Connection strings of libpq and the ``options`` start-up parameter."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from urllib.parse import unquote
+
+_URL_PREFIXES = ("postgresql://", "postgres://")
+_ESCAPE = re.compile(r"\\(.)", re.DOTALL)
+_KEYWORD_VALUE = re.compile(
+    r"\s*(?P<key>[^\s=]+)\s*=\s*(?:'(?P<quoted>(?:[^'\\]|\\.)*)'(?=\s|$)|(?P<plain>(?:[^\s'\\]|\\.)(?:[^\s\\]|\\.)*|))\s*",
+    re.DOTALL,
+)
+_SECRETS = (
+    (re.compile(r"(password\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s'&]+)", re.IGNORECASE), r"\1***"),
+    (re.compile(r"(postgres(?:ql)?://[^\s:/@]*):[^\s@/]*@"), r"\1:***@"),
+)
+
+
+class ConninfoError(ValueError):
+    """Malformed connection string."""
+
+
+def parse_conninfo(text: str) -> dict[str, str]:
+    """Parse a libpq connection string, keyword form or URL, into its parameters.
+
+    ``host=h port=5432 options='-c a=b'`` (values quoted with ``'``, backslash escapes) or
+    ``postgresql://user:password@host:port/dbname?param=value`` (percent-encoded; IPv6 in
+    brackets). The database is called ``dbname``. Raises ConninfoError, without the text itself,
+    which may hold a password.
+    """
+    if text.startswith(_URL_PREFIXES):
+        return _parse_url(text)
+    result: dict[str, str] = {}
+    position = 0
+    text = text.strip()
+    while position < len(text):
+        match = _KEYWORD_VALUE.match(text, position)
+        if match is None:
+            raise ConninfoError(f"invalid connection string: no key=value at offset {position}")
+        value = match["quoted"] if match["quoted"] is not None else match["plain"]
+        result[match["key"]] = _ESCAPE.sub(r"\1", value)
+        position = match.end()
+    return result
+
+
+def _parse_url(text: str) -> dict[str, str]:
+    result: dict[str, str] = {}
+    rest, _, query = text.partition("://")[2].partition("?")
+    authority, slash, database = rest.partition("/")
+    userinfo, at, address = authority.rpartition("@")
+    if at:
+        user, colon, password = userinfo.partition(":")
+        if user:
+            result["user"] = _decode(user)
+        if colon:
+            result["password"] = _decode(password)
+    host, port = _split_address(address)
+    if host:
+        result["host"] = _decode(host)
+    if port:
+        result["port"] = port
+    if slash and database:
+        result["dbname"] = _decode(database)
+    for pair in query.split("&") if query else ():
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ConninfoError("invalid connection URL: a parameter is not of the form key=value")
+        result[_decode(key)] = _decode(value)
+    return result
+
+
+def _split_address(address: str) -> tuple[str, str]:
+    if address.startswith("["):
+        host, bracket, port = address[1:].partition("]")
+        if not bracket or (port and not port.startswith(":")):
+            raise ConninfoError("invalid connection URL: malformed IPv6 address")
+        return host, port[1:]
+    host, _, port = address.partition(":")
+    return host, port
+
+
+def _decode(text: str) -> str:
+    if re.search(r"%(?![0-9A-Fa-f]{2})", text):
+        raise ConninfoError("invalid connection URL: malformed percent encoding")
+    return unquote(text)
+
+
+def format_conninfo(params: Mapping[str, str | int]) -> str:
+    """The keyword form of parameters, quoted where needed: the inverse of parse_conninfo()."""
+    return " ".join(f"{key}={_quote(str(value))}" for key, value in params.items())
+
+
+def _quote(value: str) -> str:
+    if value and not re.search(r"[\s'\\]", value):
+        return value
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def redact(text: str) -> str:
+    """A text with the passwords of connection strings in it made unreadable, for logs."""
+    for pattern, replacement in _SECRETS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def split_options(options: str) -> dict[str, str]:
+    """Settings in an ``options`` parameter: ``-c a=b c=d``, with ``\\`` escaping a blank.
+
+    Every piece ``name=value`` is a setting; ``-c`` and pieces without ``=`` are passed over.
+    """
+    result: dict[str, str] = {}
+    for piece in re.findall(r"(?:[^\s\\]|\\.)+", options, re.DOTALL):
+        name, equals, value = _ESCAPE.sub(r"\1", piece).partition("=")
+        if name.startswith(("-c", "--")):
+            name = name[2:]
+        if equals and name:
+            result[name] = value
+    return result
+
+
+def options_from_startup(params: Mapping[str, str]) -> dict[str, str]:
+    """Start-up parameters with the settings inside ``options`` beside them; the later one wins."""
+    result: dict[str, str] = {}
+    for name, value in params.items():
+        if name == "options":
+            result.update(split_options(value))
+        else:
+            result[name] = value
+    return result

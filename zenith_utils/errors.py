@@ -1,0 +1,37 @@
+"""Rendering of an exception together with its causes, for people."""
+
+from __future__ import annotations
+
+
+def error_chain(error: BaseException) -> list[str]:
+    """Messages from the outermost error down its causes (``raise ... from ...``)."""
+    messages: list[str] = []
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        messages.append(error_message(current))
+        current = current.__cause__
+    return messages
+
+
+def error_message(error: BaseException) -> str:
+    """The message of one error; its type where that alone says what is wrong."""
+    text = str(error)
+    if isinstance(error, KeyError | AssertionError) or not text:
+        return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return text
+
+
+def render_error(error: BaseException, prefix: str = "Error: ") -> str:
+    """The message and, below ``Caused by:``, the numbered causes; no newline at the end."""
+    outermost, *causes = error_chain(error)
+    text = f"{prefix}{outermost}"
+    if causes:
+        lines = [f"    {number}: {_indented(cause)}" for number, cause in enumerate(causes)]
+        text += "\n\nCaused by:\n" + "\n".join(lines)
+    return text
+
+
+def _indented(text: str) -> str:
+    return text.replace("\n", "\n       ")

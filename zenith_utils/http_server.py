@@ -1,0 +1,269 @@
+"""The HTTP API of a daemon: aiohttp on uvloop in a thread of its own, plain functions as handlers.
+
+A handler takes a Request and returns what is sent as JSON (or a Response). It runs in a thread
+pool and may block. An exception becomes ``{"msg": ...}`` with the status of an HttpError, or 500.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any, Final
+
+import uvloop
+from aiohttp import web
+
+from zenith_utils.errors import error_message
+from zenith_utils.ids import IdParseError, TenantId, TimelineId
+from zenith_utils.metrics import CONTENT_TYPE as METRICS_CONTENT_TYPE
+from zenith_utils.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+_MAX_BODY: Final = 16 << 20
+
+
+class HttpError(Exception):
+    """Answered with a status and ``{"msg": <prefix><message>}``."""
+
+    status = HTTPStatus.INTERNAL_SERVER_ERROR
+    prefix = ""
+
+
+class BadRequest(HttpError):
+    """400: the request itself is wrong."""
+
+    status = HTTPStatus.BAD_REQUEST
+    prefix = "Bad request: "
+
+
+class Unauthorized(HttpError):
+    """401: no or invalid credentials."""
+
+    status = HTTPStatus.UNAUTHORIZED
+    prefix = "Unauthorized: "
+
+
+class Forbidden(HttpError):
+    """403: the credentials do not allow this."""
+
+    status = HTTPStatus.FORBIDDEN
+    prefix = "Forbidden: "
+
+
+class NotFound(HttpError):
+    """404: the thing asked for does not exist."""
+
+    status = HTTPStatus.NOT_FOUND
+    prefix = "NotFound: "
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request, fully received."""
+
+    method: str
+    path: str
+    uri: str
+    """Path with the query string, as sent."""
+    path_params: Mapping[str, str]
+    query: Mapping[str, str]
+    headers: Mapping[str, str]
+    """Names are matched without regard to case."""
+    body: bytes
+    context: dict[str, Any] = field(default_factory=dict)
+    """For the `before` hook to leave something to the handler."""
+
+    def json(self) -> Any:
+        """The body as JSON; BadRequest if it is not."""
+        try:
+            return json.loads(self.body)
+        except ValueError as error:
+            raise BadRequest(f"Failed to parse json request {error}") from error
+
+    def json_object(self) -> dict[str, Any]:
+        """The body as a JSON object; an empty body counts as ``{}``. Raises BadRequest."""
+        value = self.json() if self.body.strip() else {}
+        if not isinstance(value, dict):
+            raise BadRequest("Failed to parse json request: expected an object")
+        return value
+
+    def tenant_id(self) -> TenantId:
+        """The path parameter ``tenant_id``. Raises BadRequest."""
+        try:
+            return TenantId.parse(self.path_params["tenant_id"])
+        except IdParseError as error:
+            raise BadRequest("failed to parse tenant_id") from error
+
+    def timeline_id(self) -> TimelineId:
+        """The path parameter ``timeline_id``. Raises BadRequest."""
+        try:
+            return TimelineId.parse(self.path_params["timeline_id"])
+        except IdParseError as error:
+            raise BadRequest("failed to parse timeline_id") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """An answer other than 200 with JSON."""
+
+    status: int = 200
+    body: bytes = b"null"
+    content_type: str = "application/json"
+
+
+def json_response(value: Any, status: int = 200) -> Response:
+    """An answer with a JSON body."""
+    return Response(status, json.dumps(value).encode())
+
+
+HttpHandler = Callable[[Request], Any]
+RequestHook = Callable[[Request], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A method and path such as ``/v1/tenant/{tenant_id}/timeline`` with its handler."""
+
+    method: str
+    path: str
+    handler: HttpHandler
+
+
+def metrics_route(metrics: Metrics) -> Route:
+    """GET /metrics."""
+
+    def serve(_: Request) -> Response:
+        return Response(200, metrics.render(), METRICS_CONTENT_TYPE)
+
+    return Route("GET", "/metrics", serve)
+
+
+class HttpServer:
+    """Serves routes on a bound socket from a thread of its own."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        routes: Sequence[Route],
+        *,
+        name: str = "http",
+        before: RequestHook | None = None,
+        workers: int = 16,
+        shutdown_timeout: float = 10.0,
+    ) -> None:
+        """Take over a bound and listening socket.
+
+        `before` runs ahead of every handler and refuses by raising an HttpError. Stopping lets
+        requests that are being answered finish for `shutdown_timeout` seconds.
+        """
+        self._sock = sock
+        self._routes = routes
+        self._before = before
+        self._shutdown_timeout = shutdown_timeout
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix=f"{name}-worker")
+        self._loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+        self._started: Future[web.AppRunner] = Future()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Begin to serve; returns when requests are taken, raises what prevents it."""
+        self._thread.start()
+        self._started.result()
+
+    def stop(self) -> None:
+        """Take no more requests, let the current ones finish, and end the thread."""
+        if not self._thread.is_alive():
+            return
+        runner = self._started.result()
+        cleanup = asyncio.run_coroutine_threadsafe(runner.cleanup(), self._loop)
+        try:
+            cleanup.result(self._shutdown_timeout + 5)
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(5)
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._started.set_result(self._loop.run_until_complete(self._set_up()))
+        except BaseException as error:
+            self._started.set_exception(error)
+        else:
+            self._loop.run_forever()
+        finally:
+            self._loop.close()
+
+    async def _set_up(self) -> web.AppRunner:
+        app = web.Application(middlewares=[self._middleware], client_max_size=_MAX_BODY)
+        for route in self._routes:
+            app.router.add_route(route.method, route.path, self._adapt(route.handler))
+        runner = web.AppRunner(
+            app,
+            access_log=None,
+            handle_signals=False,
+            shutdown_timeout=self._shutdown_timeout,
+        )
+        await runner.setup()
+        await web.SockSite(runner, self._sock).start()
+        return runner
+
+    def _adapt(self, handler: HttpHandler) -> Callable[[web.Request], Any]:
+        async def handle(request: web.Request) -> web.Response:
+            received = Request(
+                method=request.method,
+                path=request.path,
+                uri=request.raw_path,
+                path_params=dict(request.match_info),
+                query=request.query,
+                headers=request.headers,
+                body=await request.read(),
+            )
+            response = await self._loop.run_in_executor(self._pool, self._call, handler, received)
+            return _aiohttp_response(response)
+
+        return handle
+
+    def _call(self, handler: HttpHandler, request: Request) -> Response:
+        if self._before is not None:
+            self._before(request)
+        value = handler(request)
+        return value if isinstance(value, Response) else json_response(value)
+
+    @web.middleware
+    async def _middleware(
+        self, request: web.Request, handler: Callable[[web.Request], Any]
+    ) -> web.StreamResponse:
+        """Errors as JSON, and the access log."""
+        response: web.StreamResponse
+        try:
+            response = await handler(request)
+        except HttpError as error:
+            response = _error_response(error.status, error.prefix + str(error))
+        except (web.HTTPNotFound, web.HTTPMethodNotAllowed):
+            response = _error_response(HTTPStatus.NOT_FOUND, "page not found")
+        except web.HTTPException as error:
+            response = _error_response(error.status, error.reason)
+        except Exception as error:
+            logger.exception("%s %s failed", request.method, request.path)
+            status = HTTPStatus.INTERNAL_SERVER_ERROR
+            response = _error_response(status, error_message(error))
+        logger.info("%s %s %d", request.method, request.path, response.status)
+        return response
+
+
+def _error_response(status: int, message: str) -> web.Response:
+    return _aiohttp_response(json_response({"msg": message}, status))
+
+
+def _aiohttp_response(response: Response) -> web.Response:
+    headers = {"Content-Type": response.content_type}
+    return web.Response(status=response.status, body=response.body, headers=headers)
