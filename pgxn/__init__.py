@@ -1,0 +1,1 @@
+"""C modules for a stock Postgres, and the code that builds them."""
