@@ -1,0 +1,319 @@
+"""Configuration of the pageserver: ``pageserver.toml`` plus ``-c`` overrides.
+
+The file is a flat TOML document. Every ``-c`` option is a TOML document of its own whose
+top-level keys replace whole values, in command-line order. The result is checked as a whole and
+frozen: nothing in the daemon changes its configuration while it runs.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zenith_utils.daemonize import AddressError, parse_address
+from zenith_utils.duration import DurationError, parse_duration
+
+CONFIG_FILE_NAME = "pageserver.toml"
+TENANTS_DIR = "tenants"
+
+DEFAULT_LISTEN_PG_ADDR = "127.0.0.1:64000"
+DEFAULT_LISTEN_HTTP_ADDR = "127.0.0.1:9898"
+DEFAULT_SUPERUSER = "zenith_admin"
+
+DEFAULT_CONFIG_FILE = f"""\
+# Initial configuration file created by 'pageserver --init'
+
+#id = 1  # mandatory, set by 'pageserver --init -c id=<number>'
+
+#listen_pg_addr = '{DEFAULT_LISTEN_PG_ADDR}'
+#listen_http_addr = '{DEFAULT_LISTEN_HTTP_ADDR}'
+
+#checkpoint_distance = 268435456  # bytes of WAL
+#checkpoint_timeout = '10 m'  # 0 s: none
+#compaction_period = '1 s'
+
+#gc_horizon = 67108864  # bytes of WAL
+#gc_period = '100 s'
+
+#wait_lsn_timeout = '60 s'
+#wal_redo_timeout = '60 s'
+#max_redo_processes = 2  # per tenant
+
+#page_cache_size = 8192  # pages of 8 KiB
+#max_file_descriptors = 100
+
+# name of the superuser and further initdb options of new timelines
+#initial_superuser_name = '{DEFAULT_SUPERUSER}'
+#initdb_options = []  # e.g. ['--data-checksums']
+
+#auth_type = 'Trust'
+
+# [remote_storage]
+
+"""
+
+_AUTH_TYPES = ("Trust", "MD5", "ZenithJWT")
+_MAX_INTEGER = (1 << 63) - 1
+
+
+class ConfigError(Exception):
+    """The configuration is wrong; the message names the key, ``__cause__`` may say more."""
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteStorageConf:
+    """The ``remote_storage`` table: a local folder or a bucket, never both."""
+
+    local_path: Path | None
+    bucket_name: str | None
+    bucket_region: str | None
+    prefix_in_bucket: str | None
+    endpoint: str | None
+    access_key_id: str | None
+    secret_access_key: str | None
+    max_concurrent_sync: int
+    max_sync_errors: int
+
+
+@dataclass(frozen=True, slots=True)
+class PageServerConf:
+    """Checked configuration. Sizes are bytes (``page_cache_size``: pages), durations seconds."""
+
+    id: int
+    workdir: Path
+    listen_pg_addr: str
+    listen_http_addr: str
+    checkpoint_distance: int
+    checkpoint_timeout: float
+    """Longest time that WAL stays in memory only; 0 for no limit."""
+    compaction_period: float
+    gc_horizon: int
+    gc_period: float
+    wait_lsn_timeout: float
+    wal_redo_timeout: float
+    max_redo_processes: int
+    initial_superuser_name: str
+    initdb_options: tuple[str, ...]
+    page_cache_size: int
+    max_file_descriptors: int
+    pg_distrib_dir: Path | None
+    auth_type: str
+    auth_validation_public_key_path: Path | None
+    remote_storage: RemoteStorageConf | None
+
+    @property
+    def tenants_path(self) -> Path:
+        """Folder of all tenants."""
+        return self.workdir / TENANTS_DIR
+
+
+class _Table:
+    """Typed access to one TOML table; remembers which keys were asked for."""
+
+    def __init__(self, values: Mapping[str, Any], prefix: str = "") -> None:
+        self._values = values
+        self._prefix = prefix
+        self._known: set[str] = set()
+
+    def _get(self, key: str) -> Any:
+        self._known.add(key)
+        return self._values.get(key)
+
+    def string(self, key: str, default: str | None = None) -> str | None:
+        value = self._get(key)
+        if value is None:
+            return default
+        if not isinstance(value, str):
+            raise ConfigError(f"configure option {self._prefix}{key} is not a string")
+        return value
+
+    def required_string(self, key: str, default: str) -> str:
+        return self.string(key) or default
+
+    def integer(self, key: str, default: int, *, minimum: int = 0) -> int:
+        value = self._get(key)
+        if value is None:
+            return default
+        name = f"{self._prefix}{key}"
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(f"configure option {name} is not an integer")
+        if value < 0:
+            raise ConfigError(f"configure option {name} cannot be negative")
+        if not minimum <= value <= _MAX_INTEGER:
+            raise ConfigError(f"configure option {name} must be at least {minimum}")
+        return value
+
+    def duration(self, key: str, default: float) -> float:
+        text = self.string(key)
+        if text is None:
+            return default
+        try:
+            return parse_duration(text)
+        except DurationError as error:
+            raise ConfigError(f"configure option {self._prefix}{key}") from error
+
+    def strings(self, key: str) -> tuple[str, ...]:
+        value = self._get(key)
+        if value is None:
+            return ()
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise ConfigError(f"configure option {self._prefix}{key} is not an array of strings")
+        return tuple(value)
+
+    def table(self, key: str) -> _Table | None:
+        value = self._get(key)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise ConfigError(f"configure option {self._prefix}{key} is not a table")
+        return _Table(value, f"{self._prefix}{key}.")
+
+    def refuse_unknown(self) -> None:
+        for key in self._values:
+            if key not in self._known:
+                raise ConfigError(f"unrecognized pageserver option '{self._prefix}{key}'")
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """The TOML document of one ``-c`` option. Raises ConfigError."""
+    try:
+        return tomllib.loads(text.strip())
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"Option '{text}' could not be parsed as a toml document") from error
+
+
+def merge_overrides(
+    base: Mapping[str, Any], overrides: Sequence[str], *, init: bool
+) -> dict[str, Any]:
+    """``base`` with the top-level keys of every override, in order.
+
+    ``id`` identifies the node for good, so an override of it is accepted only with ``init``.
+    """
+    merged = dict(base)
+    for text in overrides:
+        document = parse_override(text)
+        if "id" in document and not init:
+            raise ConfigError(
+                "node id can only be set during pageserver init and cannot be overridden"
+            )
+        merged.update(document)
+    return merged
+
+
+def load_document(workdir: Path) -> dict[str, Any]:
+    """The document of ``<workdir>/pageserver.toml``. Raises ConfigError."""
+    path = workdir / CONFIG_FILE_NAME
+    try:
+        return tomllib.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"No pageserver config at '{path}'") from error
+    except OSError as error:
+        raise ConfigError(f"Failed to read pageserver config at '{path}'") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"Failed to read '{path}' as pageserver config") from error
+
+
+def dump_document(document: Mapping[str, Any]) -> str:
+    """Text of ``pageserver.toml``: the commented defaults, then the keys of ``document``."""
+    import toml
+
+    return DEFAULT_CONFIG_FILE + toml.dumps(dict(document))
+
+
+def parse_config(document: Mapping[str, Any], workdir: Path) -> PageServerConf:
+    """Checks ``document`` and fills in the defaults.
+
+    Relative paths in it are relative to ``workdir``. Raises ConfigError
+    ("Failed to parse pageserver configuration" with the reason as its cause).
+    """
+    try:
+        return _parse(_Table(document), workdir)
+    except ConfigError as error:
+        raise ConfigError("Failed to parse pageserver configuration") from error
+
+
+def _parse(table: _Table, workdir: Path) -> PageServerConf:
+    node_id = table.integer("id", -1)
+    distrib_dir = table.string("pg_distrib_dir")
+    auth_type = table.required_string("auth_type", "Trust")
+    if auth_type not in _AUTH_TYPES:
+        raise ConfigError(f"invalid auth_type '{auth_type}', expected one of {_AUTH_TYPES}")
+    key_path = table.string("auth_validation_public_key_path")
+    conf = PageServerConf(
+        id=node_id,
+        workdir=workdir,
+        listen_pg_addr=_address(table, "listen_pg_addr", DEFAULT_LISTEN_PG_ADDR),
+        listen_http_addr=_address(table, "listen_http_addr", DEFAULT_LISTEN_HTTP_ADDR),
+        checkpoint_distance=table.integer("checkpoint_distance", 256 << 20, minimum=1),
+        checkpoint_timeout=table.duration("checkpoint_timeout", 600.0),
+        compaction_period=table.duration("compaction_period", 1.0),
+        gc_horizon=table.integer("gc_horizon", 64 << 20),
+        gc_period=table.duration("gc_period", 100.0),
+        wait_lsn_timeout=table.duration("wait_lsn_timeout", 60.0),
+        wal_redo_timeout=table.duration("wal_redo_timeout", 60.0),
+        max_redo_processes=table.integer("max_redo_processes", 2, minimum=1),
+        initial_superuser_name=table.required_string("initial_superuser_name", DEFAULT_SUPERUSER),
+        initdb_options=table.strings("initdb_options"),
+        page_cache_size=table.integer("page_cache_size", 8192),
+        max_file_descriptors=table.integer("max_file_descriptors", 100, minimum=1),
+        pg_distrib_dir=workdir / distrib_dir if distrib_dir else None,
+        auth_type=auth_type,
+        auth_validation_public_key_path=workdir / key_path if key_path else None,
+        remote_storage=_remote_storage(table.table("remote_storage"), workdir),
+    )
+    table.refuse_unknown()
+    if node_id < 0:
+        raise ConfigError("missing id")
+    return conf
+
+
+def _address(table: _Table, key: str, default: str) -> str:
+    value = table.required_string(key, default)
+    try:
+        parse_address(value)
+    except AddressError as error:
+        raise ConfigError(f"configure option {key}: {error}") from error
+    return value
+
+
+def _remote_storage(table: _Table | None, workdir: Path) -> RemoteStorageConf | None:
+    if table is None:
+        return None
+    local_path = table.string("local_path")
+    bucket = table.string("bucket_name")
+    region = table.string("bucket_region")
+    if local_path and bucket:
+        raise ConfigError("local_path and bucket_name are mutually exclusive")
+    if bucket and not region:
+        raise ConfigError("'bucket_region' option is mandatory if 'bucket_name' is given ")
+    if region and not bucket:
+        raise ConfigError("'bucket_name' option is mandatory if 'bucket_region' is given ")
+    if not local_path and not bucket:
+        raise ConfigError("no 'local_path' nor 'bucket_name' option")
+    prefix = table.string("prefix_in_bucket")
+    conf = RemoteStorageConf(
+        local_path=workdir / local_path if local_path else None,
+        bucket_name=bucket,
+        bucket_region=region,
+        prefix_in_bucket=prefix.strip("/") if prefix else None,
+        endpoint=table.string("endpoint"),
+        access_key_id=table.string("access_key_id"),
+        secret_access_key=table.string("secret_access_key"),
+        max_concurrent_sync=table.integer("max_concurrent_sync", 100, minimum=1),
+        max_sync_errors=table.integer("max_sync_errors", 10, minimum=1),
+    )
+    table.refuse_unknown()
+    return conf
+
+
+def refuse_unsupported(conf: PageServerConf) -> None:
+    """Fails closed on settings this version cannot honour. Raises ConfigError."""
+    if conf.auth_type != "Trust":
+        raise ConfigError(
+            f"auth_type '{conf.auth_type}' is not supported yet in this version, use 'Trust'"
+        )
+    if conf.remote_storage is not None:
+        raise ConfigError("remote_storage is not supported yet in this version, remove it")

@@ -1,0 +1,244 @@
+"""What the endpoints do, free of HTTP machinery: plain values in, JSON-ready values out.
+
+Everything here may block (disk, waiting for WAL) and is called from worker threads.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any, NoReturn
+
+from pageserver.leases import MAX_TTL, Lease, LeaseGoneError
+from pageserver.tenants import (
+    TenantExistsError,
+    TenantManager,
+    TenantNotFoundError,
+    TimelineExistsError,
+    TimelineNotFoundError,
+)
+from pageserver.timelines import LsnNotReadableError, TimelineHandle
+from zenith_utils.http_server import BadRequest, HttpError, NotFound, Response
+from zenith_utils.ids import IdParseError, TenantId, TimelineId
+from zenith_utils.lsn import Lsn, LsnParseError
+
+log = logging.getLogger(__name__)
+
+Json = Any
+
+
+class Gone(HttpError):
+    """410: it was there once."""
+
+    status = HTTPStatus.GONE
+    prefix = "Gone: "
+
+
+class Conflict(HttpError):
+    """409: the state of things does not allow this."""
+
+    status = HTTPStatus.CONFLICT
+    prefix = "Conflict: "
+
+
+# What exists already is told by the status alone.
+_EXISTS = Response(HTTPStatus.CONFLICT, b"null")
+
+
+class PageserverApi:
+    """The endpoints' work on the tenants of one pageserver."""
+
+    def __init__(self, tenants: TenantManager) -> None:
+        self._tenants = tenants
+
+    def status(self) -> Json:
+        """Identity of the node."""
+        return {"id": self._tenants.conf.id}
+
+    def tenant_list(self) -> Json:
+        """All tenants with their states."""
+        return [
+            {"id": str(tenant.tenant_id), "state": tenant.state.value}
+            for tenant in self._tenants.tenants()
+        ]
+
+    def tenant_create(self, body: Mapping[str, Json]) -> Json:
+        """Creates a tenant; its id."""
+        text = _optional_string(body, "new_tenant_id")
+        try:
+            tenant_id = TenantId.parse(text) if text is not None else None
+        except IdParseError as error:
+            raise _bad_json(str(error)) from None
+        try:
+            return str(self._tenants.create_tenant(tenant_id).tenant_id)
+        except TenantExistsError:
+            return _EXISTS
+
+    def timeline_list(self, tenant_id: TenantId, *, recount: bool) -> Json:
+        """Descriptions of all timelines of a tenant.
+
+        One that cannot be loaded is listed without its local part, and does not hide the others.
+        """
+        try:
+            tenant = self._tenants.tenant(tenant_id)
+        except TenantNotFoundError as error:
+            raise HttpError(f"Failed to get repo for tenant {tenant_id}") from error
+        answer = []
+        for timeline_id in tenant.timeline_ids():
+            try:
+                answer.append(describe(tenant.timeline(timeline_id), recount=recount))
+            except TimelineNotFoundError:
+                continue
+            except Exception:
+                log.exception("timeline %s-%s cannot be loaded", tenant_id, timeline_id)
+                answer.append(_info(tenant_id, timeline_id, None))
+        return answer
+
+    def timeline_create(self, tenant_id: TenantId, body: Mapping[str, Json]) -> Json:
+        """Creates a timeline; its description."""
+        try:
+            new_id = _parsed(body, "new_timeline_id", TimelineId.parse)
+            ancestor_id = _parsed(body, "ancestor_timeline_id", TimelineId.parse)
+            start_lsn = _parsed(body, "ancestor_start_lsn", Lsn.parse)
+        except (IdParseError, LsnParseError) as error:
+            raise _bad_json(str(error)) from None
+        try:
+            handle = self._tenants.create_timeline(
+                tenant_id, new_id, ancestor_id=ancestor_id, start_lsn=start_lsn
+            )
+        except TimelineExistsError:
+            return _EXISTS
+        # A branch shares all its data: counting it would take longer than making it.
+        return describe(handle, sized=ancestor_id is None)
+
+    def timeline_detail(
+        self, tenant_id: TenantId, timeline_id: TimelineId, *, recount: bool
+    ) -> Json:
+        """The description of one timeline."""
+        return describe(self._timeline(tenant_id, timeline_id), recount=recount)
+
+    def lease_create(
+        self, tenant_id: TenantId, timeline_id: TimelineId, body: Mapping[str, Json]
+    ) -> Json:
+        """Takes a lease on an LSN."""
+        handle = self._timeline(tenant_id, timeline_id)
+        lsn, ttl = _lease_lsn(body), _lease_ttl(body)
+        if lsn is None:
+            raise _bad_json("missing field `lsn`")
+        try:
+            handle.wait_lsn(lsn)
+            return _lease_json(handle, handle.leases.acquire(lsn, ttl))
+        except LsnNotReadableError as error:
+            raise Conflict(str(error)) from error
+
+    def lease_renew(
+        self,
+        tenant_id: TenantId,
+        timeline_id: TimelineId,
+        lease_id: str,
+        body: Mapping[str, Json],
+    ) -> Json:
+        """Extends a lease; one that is unknown is made anew if the LSN is given and readable."""
+        handle = self._timeline(tenant_id, timeline_id)
+        lsn, ttl = _lease_lsn(body), _lease_ttl(body)
+        try:
+            if lsn is not None:
+                handle.wait_lsn(lsn)
+            return _lease_json(handle, handle.leases.renew(lease_id, ttl, lsn))
+        except (LeaseGoneError, LsnNotReadableError) as error:
+            raise Gone(str(error)) from error
+
+    def lease_release(self, tenant_id: TenantId, timeline_id: TimelineId, lease_id: str) -> Json:
+        """Ends a lease; ending one that is gone is no error."""
+        self._timeline(tenant_id, timeline_id).leases.release(lease_id)
+
+    def attach(self, tenant_id: TenantId, timeline_id: TimelineId) -> NoReturn:
+        """Needs remote storage."""
+        raise NotFound("attaching timelines is not supported yet in this version")
+
+    def detach(self, tenant_id: TenantId, timeline_id: TimelineId) -> NoReturn:
+        """Needs remote storage."""
+        raise NotFound("detaching timelines is not supported yet in this version")
+
+    def _timeline(self, tenant_id: TenantId, timeline_id: TimelineId) -> TimelineHandle:
+        try:
+            return self._tenants.timeline(tenant_id, timeline_id)
+        except TimelineNotFoundError as error:
+            raise NotFound("Timeline is not found neither locally nor remotely") from error
+
+
+def describe(handle: TimelineHandle, *, sized: bool = True, recount: bool = False) -> Json:
+    """TimelineInfo of a loaded timeline.
+
+    ``sized``: with its logical size, which is counted once; ``recount``: with that counted afresh.
+    """
+    timeline = handle.timeline
+    last_record_lsn = Lsn(timeline.last_record_lsn)
+    ancestor_id = timeline.ancestor_id
+    local = {
+        "ancestor_timeline_id": None if ancestor_id is None else str(ancestor_id),
+        "ancestor_lsn": None if ancestor_id is None else str(Lsn(timeline.ancestor_lsn)),
+        "last_record_lsn": str(last_record_lsn),
+        "prev_record_lsn": str(Lsn(timeline.prev_record_lsn)),
+        "disk_consistent_lsn": str(Lsn(timeline.disk_consistent_lsn)),
+        "current_logical_size": handle.logical_size() if sized else None,
+        "current_logical_size_non_incremental": (
+            handle.count_logical_size(last_record_lsn) if recount else None
+        ),
+        "timeline_state": "Loaded",
+    }
+    return _info(handle.tenant_id, handle.timeline_id, local)
+
+
+def _info(tenant_id: TenantId, timeline_id: TimelineId, local: Json) -> Json:
+    return {
+        "tenant_id": str(tenant_id),
+        "timeline_id": str(timeline_id),
+        "local": local,
+        "remote": None,
+    }
+
+
+def _lease_json(handle: TimelineHandle, lease: Lease) -> Json:
+    return {
+        "lease_id": lease.lease_id,
+        "lsn": str(lease.lsn),
+        "expires_in": round(handle.leases.remaining(lease), 3),
+    }
+
+
+def _lease_lsn(body: Mapping[str, Json]) -> Lsn | None:
+    try:
+        lsn: Lsn | None = _parsed(body, "lsn", Lsn.parse)
+    except LsnParseError as error:
+        raise _bad_json(str(error)) from None
+    if lsn == 0:
+        raise _bad_json("lsn must not be 0/0")
+    return lsn
+
+
+def _lease_ttl(body: Mapping[str, Json]) -> float:
+    ttl = body.get("ttl")
+    if isinstance(ttl, bool) or not isinstance(ttl, int | float) or not math.isfinite(ttl):
+        raise _bad_json("field `ttl` must be a number of seconds")
+    if not 0 < ttl <= MAX_TTL:
+        raise _bad_json(f"field `ttl` must be above 0 and at most {MAX_TTL:.0f} seconds")
+    return float(ttl)
+
+
+def _optional_string(body: Mapping[str, Json], key: str) -> str | None:
+    value = body.get(key)
+    if value is not None and not isinstance(value, str):
+        raise _bad_json(f"field `{key}` must be a string")
+    return value
+
+
+def _parsed(body: Mapping[str, Json], key: str, parse: Any) -> Any:
+    text = _optional_string(body, key)
+    return None if text is None else parse(text)
+
+
+def _bad_json(detail: str) -> BadRequest:
+    return BadRequest(f"Failed to parse json request {detail}")

@@ -1,0 +1,1 @@
+"""The value store: values by key and LSN, in memory and in layer files. It knows no Postgres."""

@@ -1,0 +1,132 @@
+"""The format of a layer file.
+
+    file header, 256 bytes
+    value blocks, leaf blocks, the root block: back to back, in this order
+
+Numbers are little-endian; keys, and LSNs where they are part of a sort order, are big-endian.
+
+File header: 0 magic "ZNTHLAYR", 8 u16 format version, 10 u8 kind (1 delta, 2 image), 16 tenant,
+32 timeline, 48 first key, 66 end of the key range, 88 u64 start LSN, 96 u64 end LSN, 104 u64 number
+of entries, 112 u64 offset of the first leaf, 120 u64 offset of the root, 128 u64 size of the file,
+136 u64 bytes of values, 252 u32 CRC-32C of the 252 bytes before. The rest is zero.
+
+Block: 0 u32 CRC-32C of its offset in the file (u64), the rest of this header and the payload;
+4 u32 size of the payload as stored; 8 u32 its size uncompressed; 12 u8 kind; 13 u8 codec (0: none);
+14 zeros. The offset in the checksum finds a block that was written to the wrong place.
+
+Value block: values end to end. A value never spans blocks: a block ends before it passes 8 kB,
+and a longer value has one of its own.
+
+Leaf: up to 128 entries sorted by key and LSN, of one width. u16 count; u8 length p of the prefix
+that the keys share; u8 widths (1: LSNs of 8 bytes, 2: block offsets of 8 bytes; else 4); u32 zero;
+u64 least LSN; u64 least block offset; prefix (18 bytes), 6 zeros. Entry: the other 18 - p bytes of
+the key; LSN - least LSN, big-endian; u8 flags; u16 offset in the block; u32 size; offset of the
+block in the file - least block offset.
+
+Root: u32 count, u32 zero, then for each leaf its first key (18), first LSN (u64 big-endian),
+offset in the file (u64) and size with header (u32).
+"""
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcpy
+
+from zenith_utils.crc32c cimport crc32c_update
+
+cdef extern from *:
+    uint32_t __builtin_bswap32(uint32_t) noexcept nogil
+    uint64_t __builtin_bswap64(uint64_t) noexcept nogil
+
+cdef enum:
+    FORMAT_VERSION = 1
+    KIND_DELTA = 1
+    KIND_IMAGE = 2
+
+    HEADER_SIZE = 256
+    HEADER_CRC = 252
+
+    BLOCK_HEADER = 16
+    BLOCK_TARGET = 8192
+    BLOCK_VALUES = 1
+    BLOCK_LEAF = 2
+    BLOCK_ROOT = 3
+    CODEC_NONE = 0
+
+    LEAF_ENTRIES = 128
+    LEAF_HEADER = 48
+    WIDE_LSN = 1
+    WIDE_BLOCK = 2
+    MAX_ENTRY_WIDTH = 41
+    MAX_LEAF_SIZE = 5312         # BLOCK_HEADER + LEAF_HEADER + LEAF_ENTRIES * MAX_ENTRY_WIDTH
+
+    ROOT_HEADER = 8
+    ROOT_ENTRY = 38
+
+
+cdef inline uint16_t get16(const uint8_t *p) noexcept nogil:
+    cdef uint16_t v
+    memcpy(&v, p, 2)
+    return v
+
+
+cdef inline uint32_t get32(const uint8_t *p) noexcept nogil:
+    cdef uint32_t v
+    memcpy(&v, p, 4)
+    return v
+
+
+cdef inline uint64_t get64(const uint8_t *p) noexcept nogil:
+    cdef uint64_t v
+    memcpy(&v, p, 8)
+    return v
+
+
+cdef inline void put16(uint8_t *p, uint16_t v) noexcept nogil:
+    memcpy(p, &v, 2)
+
+
+cdef inline void put32(uint8_t *p, uint32_t v) noexcept nogil:
+    memcpy(p, &v, 4)
+
+
+cdef inline void put64(uint8_t *p, uint64_t v) noexcept nogil:
+    memcpy(p, &v, 8)
+
+
+cdef inline uint64_t get64_big(const uint8_t *p) noexcept nogil:
+    return __builtin_bswap64(get64(p))
+
+
+cdef inline void put64_big(uint8_t *p, uint64_t v) noexcept nogil:
+    put64(p, __builtin_bswap64(v))
+
+
+cdef inline uint64_t get_big(const uint8_t *p, int width) noexcept nogil:
+    """A big-endian number of 4 or 8 bytes."""
+    return get64_big(p) if width == 8 else __builtin_bswap32(get32(p))
+
+
+cdef inline void put_big(uint8_t *p, uint64_t v, int width) noexcept nogil:
+    if width == 8:
+        put64_big(p, v)
+    else:
+        put32(p, __builtin_bswap32(<uint32_t> v))
+
+
+cdef inline uint32_t block_crc(uint64_t offset, const uint8_t *header, const uint8_t *payload,
+                               size_t size) noexcept nogil:
+    """The checksum of a block at `offset` in its file."""
+    cdef uint8_t place[8]
+    cdef uint32_t state
+    put64(place, offset)
+    state = crc32c_update(0xFFFFFFFFU, place, 8)
+    state = crc32c_update(state, header + 4, BLOCK_HEADER - 4)
+    return crc32c_update(state, payload, size) ^ 0xFFFFFFFFU
+
+
+cdef inline void block_header(uint8_t *header, uint8_t kind, uint32_t size) noexcept nogil:
+    """Fill the header of an uncompressed block except for the checksum."""
+    put32(header, 0)
+    put32(header + 4, size)
+    put32(header + 8, size)
+    header[12] = kind
+    header[13] = CODEC_NONE
+    put16(header + 14, 0)

@@ -1,0 +1,34 @@
+"""What a read collects on its way through the layers, newest to oldest."""
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
+
+from pageserver.layered_repository.key cimport Key
+
+cdef struct Query:
+    Key key
+    uint64_t floor       # values at or below this LSN are not needed: the caller has a base there
+    int32_t newest       # index into `found` of the newest and the oldest value, -1: none
+    int32_t oldest
+    uint32_t count
+    bint complete        # an initialising value was found: nothing older matters
+
+cdef struct Found:
+    uint64_t lsn
+    size_t position      # of the bytes in the arena
+    uint32_t size
+    int32_t older        # index of the next older value of the same query, -1: none
+    uint8_t flags
+
+cdef class ReadBatch:
+    cdef Query *queries
+    cdef readonly int count
+    cdef readonly int pending          # queries that are not complete
+    cdef Found *found
+    cdef int32_t n_found, cap_found
+    cdef uint8_t *arena
+    cdef size_t used, capacity
+    cdef Query one_query
+    cdef Found few_found[4]
+
+    cdef int add(self, Query *query, uint64_t lsn, uint8_t flags, const uint8_t *data,
+                 uint32_t size) noexcept nogil
+    cdef int _check_range(self, int first, int last) except -1

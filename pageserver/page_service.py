@@ -1,0 +1,96 @@
+"""The libpq side of the pageserver: commands a client sends as queries."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from pageserver.basebackup import send_basebackup
+from pageserver.pagestream import PageStream
+from pageserver.tenants import TenantError, TenantManager
+from pageserver.timelines import LsnNotReadableError, TimelineHandle
+from zenith_utils.ids import IdParseError, TenantId, TimelineId
+from zenith_utils.lsn import Lsn, LsnParseError
+from zenith_utils.postgres_backend import Column, Connection, QueryError
+
+log = logging.getLogger(__name__)
+
+# Errors a command may end with by itself; anything else is a defect and logged with its trace.
+_EXPECTED = (TenantError, LsnNotReadableError)
+
+
+class PageServiceHandler:
+    """The commands of one connection."""
+
+    def __init__(self, tenants: TenantManager) -> None:
+        self._tenants = tenants
+        self._commands: dict[str, Callable[[Connection, list[str]], None]] = {
+            "pagestream": self._pagestream,
+            "basebackup": self._basebackup,
+            "callmemaybe": self._callmemaybe,
+            "checkpoint": self._checkpoint,
+            "set": self._set,
+        }
+
+    def startup(self, conn: Connection) -> None:
+        """User and database do not matter: timelines are named by the commands."""
+
+    def query(self, conn: Connection, query: str) -> None:
+        """Runs one command. Raises QueryError with the text for the client."""
+        words = query.strip().rstrip(";").split()
+        command = words[0].lower() if words else ""
+        if command in ("do_gc", "failpoints"):
+            raise QueryError(f"{command} is not supported yet in this version", sqlstate="0A000")
+        run = self._commands.get(command)
+        if run is None:
+            raise QueryError("unknown command", sqlstate="42601")
+        try:
+            # callmemaybe carries a connection string that has blanks of its own.
+            run(conn, query.strip().split(maxsplit=3) if command == "callmemaybe" else words)
+        except _EXPECTED as error:
+            raise QueryError(str(error)) from error
+
+    def _pagestream(self, conn: Connection, words: list[str]) -> None:
+        handle = self._timeline(words, (3,))
+        PageStream(handle).serve(conn)
+        conn.send_copy_done()
+        conn.send_command_complete("SELECT 1")
+
+    def _basebackup(self, conn: Connection, words: list[str]) -> None:
+        handle = self._timeline(words, (3, 4))
+        lsn = _parse_lsn(words[3]) if len(words) == 4 else None
+        send_basebackup(conn, handle, lsn)
+        conn.send_command_complete("SELECT 1")
+
+    def _callmemaybe(self, conn: Connection, words: list[str]) -> None:
+        handle = self._timeline(words, (4,))
+        self._tenants.activate(handle.tenant_id)
+        handle.walreceiver.callmemaybe(words[3])
+        conn.send_command_complete("SELECT 1")
+
+    def _checkpoint(self, conn: Connection, words: list[str]) -> None:
+        handle = self._timeline(words, (3,))
+        handle.timeline.checkpoint()
+        conn.send_row_description([Column("data")])
+        conn.send_command_complete("SELECT 1")
+
+    def _set(self, conn: Connection, words: list[str]) -> None:
+        # Drivers set session parameters when they connect; none of them means anything here.
+        conn.send_command_complete("SELECT 1")
+
+    def _timeline(self, words: list[str], lengths: tuple[int, ...]) -> TimelineHandle:
+        """The timeline named by the second and third word of a command of so many words."""
+        if len(words) not in lengths:
+            raise QueryError(f"invalid param number for {words[0]} command", sqlstate="42601")
+        try:
+            tenant_id, timeline_id = TenantId.parse(words[1]), TimelineId.parse(words[2])
+        except IdParseError as error:
+            raise QueryError(str(error), sqlstate="42601") from error
+        return self._tenants.timeline(tenant_id, timeline_id)
+
+
+def _parse_lsn(text: str) -> Lsn:
+    try:
+        return Lsn.parse(text)
+    except LsnParseError as error:
+        raise QueryError(str(error), sqlstate="42601") from error
