@@ -1,0 +1,96 @@
+"""The delivery file: which pageserver ingests a timeline's WAL, and how far it has it on disk.
+
+It lies beside the control file and lets a restarted safekeeper call the pageserver although no
+compute runs. The connection string is durable before WAL that a compute pushes is accepted; the
+LSN is written lazily and may lag, which costs a call too many and never one too few.
+
+Layout, little-endian: u32 magic, u32 version, u64 flush LSN, u32 length and UTF-8 bytes of the
+connection string, u32 CRC-32C of everything before it.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from zenith_utils.crc32c import crc32c
+from zenith_utils.durable import write_file_durably
+
+DELIVERY_FILE_NAME: Final = "safekeeper.delivery"
+MAGIC: Final = 0xCAFEDE11
+VERSION: Final = 1
+
+_HEADER = struct.Struct("<IIQI")
+_CRC = struct.Struct("<I")
+
+
+class DeliveryFileError(Exception):
+    """The delivery file is damaged or of an unknown version."""
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A pageserver's connection string, and the LSN up to which it reported WAL as durable."""
+
+    connstr: str
+    flush_lsn: int = 0
+
+
+def encode(delivery: Delivery) -> bytes:
+    """The whole file."""
+    connstr = delivery.connstr.encode()
+    content = _HEADER.pack(MAGIC, VERSION, delivery.flush_lsn, len(connstr)) + connstr
+    return content + _CRC.pack(crc32c(content))
+
+
+def decode(data: bytes) -> Delivery:
+    """Decode and verify a whole file. Raises DeliveryFileError."""
+    if len(data) < _HEADER.size + _CRC.size:
+        raise DeliveryFileError(f"safekeeper delivery file has only {len(data)} bytes")
+    content = data[: -_CRC.size]
+    (stored,) = _CRC.unpack_from(data, len(content))
+    computed = crc32c(content)
+    if stored != computed:
+        raise DeliveryFileError(
+            f"safekeeper delivery file checksum mismatch: expected {computed} got {stored}"
+        )
+    magic, version, flush_lsn, length = _HEADER.unpack_from(content)
+    if magic != MAGIC:
+        raise DeliveryFileError(f"bad delivery file magic: {magic:#X}, expected {MAGIC:#X}")
+    if version != VERSION:
+        raise DeliveryFileError(
+            f"unsupported safekeeper delivery file version {version}, "
+            f"this program reads version {VERSION} only"
+        )
+    connstr = content[_HEADER.size :]
+    if length != len(connstr):
+        raise DeliveryFileError(f"malformed delivery file: {len(connstr)} bytes, not {length}")
+    try:
+        return Delivery(connstr.decode(), flush_lsn)
+    except UnicodeDecodeError as e:
+        raise DeliveryFileError(f"malformed delivery file: {e}") from e
+
+
+def load(directory: Path) -> Delivery | None:
+    """The file in a timeline's directory, None if there is none.
+
+    Raises DeliveryFileError, which names the file and what helps, and OSError.
+    """
+    path = directory / DELIVERY_FILE_NAME
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        return decode(data)
+    except DeliveryFileError as e:
+        raise DeliveryFileError(
+            f"{e} ({path}): the timeline's pageserver is not known until a compute is started on it"
+        ) from e
+
+
+def store(directory: Path, delivery: Delivery, *, sync: bool) -> None:
+    """Replace the file in a timeline's directory, atomically and durably. Raises OSError."""
+    write_file_durably(directory / DELIVERY_FILE_NAME, encode(delivery), sync=sync)

@@ -1,0 +1,316 @@
+"""One timeline on this safekeeper: the acceptor joined to its control file and its WAL.
+
+All state changes happen under `lock`. Readers of WAL take no lock: they read the commit LSN, which
+only grows and below which WAL never changes, and are woken through `wait_for_commit`.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+import time
+from collections.abc import Iterable
+from concurrent.futures import Executor
+from pathlib import Path
+
+from safekeeper import control_file, delivery
+from safekeeper.consensus import Acceptor, Action, Persist, Reply, Session, TruncateWal
+from safekeeper.delivery import Delivery, DeliveryFileError
+from safekeeper.metrics import TimelineMetrics
+from safekeeper.wal_storage import FlushError, WalStorage, wal_magic
+from zenith_utils.ids import TenantTimelineId
+from zenith_utils.lsn import lsn_text
+from zenith_utils.safekeeper_messages import (
+    APPEND_HEADER_SIZE,
+    NO_FEEDBACK,
+    NO_HOT_STANDBY_FEEDBACK,
+    NO_XMIN,
+    AcceptorMessage,
+    HotStandbyFeedback,
+    ProposerElected,
+    ProposerGreeting,
+    VoteRequest,
+    parse_append_request,
+)
+from zenith_utils.zenith_feedback import ZenithFeedback
+
+logger = logging.getLogger(__name__)
+
+
+class TimelineFailedError(Exception):
+    """An earlier I/O error took the timeline out of service."""
+
+
+class Timeline:
+    """A loaded timeline. If carrying out an action fails, it fails as a whole (see `failure`)."""
+
+    def __init__(
+        self,
+        timeline_id: TenantTimelineId,
+        directory: Path,
+        metrics: TimelineMetrics,
+        *,
+        sync: bool,
+        helper: Executor,
+    ) -> None:
+        """Load the timeline in `directory`: control file, end of WAL.
+
+        Raises FileNotFoundError (no control file), ControlFileError, WalStorageError.
+        """
+        self.id = timeline_id
+        self.directory = directory
+        self.lock = threading.Lock()
+        self.failure: BaseException | None = None
+        self.metrics = metrics
+        self._sync = sync
+        state = control_file.load(directory / control_file.CONTROL_FILE_NAME, sync=sync)
+        if (state.tenant_id, state.timeline_id) != timeline_id:
+            raise control_file.ControlFileError(
+                f"{directory / control_file.CONTROL_FILE_NAME} belongs to timeline "
+                f"{state.tenant_id}-{state.timeline_id}"
+            )
+        self._storage = WalStorage(directory, sync=sync, helper=helper)
+        self._storage.open(state.commit_lsn, wal_magic(state.server.pg_version))
+        self.acceptor = Acceptor(state, self._storage.flush_lsn)
+        self._advanced = threading.Condition()
+        self._waiting = 0
+        self._computes = 0
+        self._batch_bytes = 0
+        self._batch_started = 0.0
+        self._feedback = NO_FEEDBACK
+        self._delivery_lock = threading.Lock()
+        self._delivery = self._saved_delivery = self._load_delivery()
+        self._hs_feedbacks: dict[object, HotStandbyFeedback] = {}
+        self._hs_feedback = NO_HOT_STANDBY_FEEDBACK
+        self._update_metrics()
+        logger.info(
+            "loaded timeline %s: term %d, flush LSN %s, commit LSN %s",
+            timeline_id, state.term, lsn_text(self.flush_lsn), lsn_text(self.commit_lsn),
+        )  # fmt: skip
+
+    @property
+    def flush_lsn(self) -> int:
+        """End of the last complete durable record."""
+        return self.acceptor.flush_lsn
+
+    @property
+    def commit_lsn(self) -> int:
+        """WAL below is committed and here; never goes back."""
+        return self.acceptor.commit_lsn
+
+    # ---- messages of a proposer
+
+    def process(
+        self, session: Session, message: ProposerGreeting | VoteRequest | ProposerElected
+    ) -> list[AcceptorMessage]:
+        """Handle a message that carries no WAL; the answers, all promises in them durable.
+
+        Raises ConsensusError (the session ends), TimelineFailedError, WalStorageError, OSError.
+        """
+        with self.lock:
+            self.check_usable()
+            if isinstance(message, ProposerGreeting):
+                actions = self.acceptor.greet(session, message)
+            elif isinstance(message, VoteRequest):
+                actions = self.acceptor.vote(session, message)
+            else:
+                actions = self.acceptor.elected(session, message)
+            return self._carry_out(actions)
+
+    def append(self, session: Session, data: memoryview) -> AcceptorMessage | None:
+        """Write an AppendRequest without flushing; caller holds `lock`.
+
+        An answer means it was refused. After the last request of a batch call flush_appended().
+        Raises MessageError and ConsensusError (the session ends), WalStorageError, OSError.
+        """
+        request = parse_append_request(data)
+        refusal = self.acceptor.append(session, request)
+        if refusal is not None:
+            return refusal.message
+        if request.begin_lsn != request.end_lsn:
+            if not self._batch_bytes:
+                self._batch_started = time.perf_counter()
+            try:
+                self._storage.write(request.begin_lsn, data[APPEND_HEADER_SIZE:])
+            except BaseException as e:
+                self._fail(e)
+                raise
+            self._batch_bytes += request.end_lsn - request.begin_lsn
+        return None
+
+    def flush_appended(self) -> list[AcceptorMessage]:
+        """Make appended WAL durable and answer for it; caller holds `lock`."""
+        try:
+            if self._batch_bytes:
+                written = time.perf_counter()
+                self.metrics.observe_write(self._batch_bytes, written - self._batch_started)
+                self._batch_bytes = 0
+                self._storage.flush()
+                self.metrics.observe_flush(time.perf_counter() - written)
+        except BaseException as e:
+            self._fail(e)
+            raise
+        return self._carry_out(
+            self.acceptor.flushed(self._storage.flush_lsn, self._hs_feedback, self._feedback)
+        )
+
+    def save_progress(self) -> None:
+        """Persist the commit LSN if it has moved since it was persisted last."""
+        with self.lock:
+            if self.failure is None:
+                self._carry_out(self.acceptor.progress())
+
+    def check_usable(self) -> None:
+        """Raise TimelineFailedError after a failure."""
+        if self.failure is not None:
+            raise TimelineFailedError(
+                f"timeline {self.id} is out of service after an error: {self.failure}"
+            )
+
+    @property
+    def failed_for_good(self) -> bool:
+        """Whether loading it again must not be tried: fsync has lost data in an unknown way."""
+        failure = self.failure
+        disk_failed = isinstance(failure, OSError) and failure.errno == errno.EIO
+        return disk_failed or isinstance(failure, FlushError)
+
+    def close(self) -> None:
+        """Release the files; for a timeline that has failed."""
+        with self.lock:
+            self._storage.close()
+
+    def _carry_out(self, actions: Iterable[Action]) -> list[AcceptorMessage]:
+        replies: list[AcceptorMessage] = []
+        try:
+            for action in actions:
+                if isinstance(action, Reply):
+                    replies.append(action.message)
+                elif isinstance(action, Persist):
+                    started = time.perf_counter()
+                    control_file.store(self.directory, action.state, sync=self._sync)
+                    self.metrics.observe_persist(time.perf_counter() - started)
+                else:
+                    assert isinstance(action, TruncateWal)
+                    magic = wal_magic(self.acceptor.state.server.pg_version)
+                    self._storage.truncate(action.lsn, magic)
+        except BaseException as e:
+            self._fail(e)
+            raise
+        self._update_metrics()
+        return replies
+
+    def _fail(self, error: BaseException) -> None:
+        """The acceptor is ahead of the disk now: never use it again."""
+        self.failure = error
+        logger.error("timeline %s failed: %s", self.id, error)
+        self.wake_readers()
+
+    def _update_metrics(self) -> None:
+        self.metrics.positions = (self.acceptor.commit_lsn, self.acceptor.flush_lsn)
+
+    # ---- readers of committed WAL
+
+    def wait_for_commit(self, lsn: int, timeout: float) -> int:
+        """Wait until the commit LSN exceeds `lsn`; the commit LSN then or after `timeout` s."""
+        with self._advanced:
+            # Counted before looking: who advances the LSN looks for waiters after that.
+            self._waiting += 1
+            if self.acceptor.commit_lsn <= lsn and self.failure is None:
+                self._advanced.wait(timeout)
+            self._waiting -= 1
+        self.check_usable()
+        return self.acceptor.commit_lsn
+
+    def wake_readers(self) -> None:
+        """Wake whoever waits in wait_for_commit()."""
+        if self._waiting:
+            with self._advanced:
+                self._advanced.notify_all()
+
+    # ---- who is connected, and what pageservers and standbys report
+
+    def compute_connected(self) -> None:
+        """A proposer's session begins."""
+        with self._advanced:
+            self._computes += 1
+
+    def compute_disconnected(self) -> None:
+        """A proposer's session ends."""
+        with self._advanced:
+            self._computes -= 1
+            self._advanced.notify_all()
+
+    @property
+    def has_compute(self) -> bool:
+        """Whether a proposer is connected."""
+        return self._computes > 0
+
+    @property
+    def feedback(self) -> ZenithFeedback:
+        """What the most advanced pageserver reported last, connected or not."""
+        return self._feedback
+
+    def record_feedback(self, feedback: ZenithFeedback) -> None:
+        """Take a pageserver's report; that of the one which has received more wins."""
+        with self._advanced:
+            if feedback.ps_writelsn >= self._feedback.ps_writelsn:
+                self._feedback = feedback
+
+    def record_hs_feedback(self, reader: object, feedback: HotStandbyFeedback | None) -> None:
+        """Take a standby's report; None when it is gone."""
+        with self._advanced:
+            if feedback is None:
+                self._hs_feedbacks.pop(reader, None)
+            else:
+                self._hs_feedbacks[reader] = feedback
+            reports = self._hs_feedbacks.values()
+            self._hs_feedback = HotStandbyFeedback(
+                max((r.ts for r in reports), default=0),
+                min((r.xmin for r in reports), default=NO_XMIN),
+                min((r.catalog_xmin for r in reports), default=NO_XMIN),
+            )
+
+    # ---- the pageserver that ingests the WAL
+
+    def deliver_to(self, connstr: str) -> None:
+        """A compute has named its pageserver; durable on return. Raises OSError."""
+        with self._delivery_lock:
+            if self._delivery is None or self._delivery.connstr != connstr:
+                named = Delivery(connstr)
+                delivery.store(self.directory, named, sync=self._sync)
+                self._delivery = self._saved_delivery = named
+
+    def delivered(self, connstr: str, flush_lsn: int) -> None:
+        """A pageserver has reported up to where it has WAL durably; kept in memory."""
+        with self._delivery_lock:
+            known = self._delivery
+            if known is not None and known.connstr == connstr:
+                self._delivery = Delivery(connstr, flush_lsn)
+
+    def save_delivery(self) -> None:
+        """Remember across restarts what was reported, so that nobody is called for nothing."""
+        with self._delivery_lock:
+            known = self._delivery
+            if known is None or known == self._saved_delivery:
+                return
+            try:
+                delivery.store(self.directory, known, sync=self._sync)
+            except OSError as e:
+                logger.warning("timeline %s: cannot save the delivery file: %s", self.id, e)
+                return
+            self._saved_delivery = known
+
+    @property
+    def wants_pageserver(self) -> bool:
+        """Whether there is, or may soon be, WAL that the pageserver does not have durably."""
+        known = self._delivery
+        return self.has_compute or known is None or self.commit_lsn > known.flush_lsn
+
+    def _load_delivery(self) -> Delivery | None:
+        try:
+            return delivery.load(self.directory)
+        except DeliveryFileError as e:
+            # Only who is called depends on it, and the next compute writes it anew.
+            logger.error("timeline %s: %s", self.id, e)
+            return None

@@ -1,0 +1,128 @@
+"""All timelines of this safekeeper: loaded on first use, created by proposers and over HTTP."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from safekeeper import control_file, delivery
+from safekeeper.consensus import ControlState
+from safekeeper.control_file import ControlFileError
+from safekeeper.delivery import DeliveryFileError
+from safekeeper.metrics import SafekeeperMetrics
+from safekeeper.timeline import Timeline
+from zenith_utils.durable import fsync_dir
+from zenith_utils.ids import IdParseError, TenantId, TenantTimelineId, TimelineId
+
+logger = logging.getLogger(__name__)
+
+
+class TimelineNotFoundError(Exception):
+    """No such timeline on this safekeeper."""
+
+
+class TimelineExistsError(Exception):
+    """The timeline to be created exists already."""
+
+
+class Timelines:
+    """Registry of timelines below a data directory: ``<tenant>/<timeline>/``."""
+
+    def __init__(self, directory: Path, metrics: SafekeeperMetrics, *, sync: bool) -> None:
+        self._directory = directory
+        self._metrics = metrics
+        self._sync = sync
+        self._lock = threading.Lock()
+        self._loaded: dict[TenantTimelineId, Timeline] = {}
+        self._helper = ThreadPoolExecutor(2, thread_name_prefix="wal-segments")
+
+    def get(self, timeline_id: TenantTimelineId) -> Timeline:
+        """The timeline, loaded if need be.
+
+        Raises TimelineNotFoundError, TimelineFailedError, ControlFileError, WalStorageError.
+        """
+        with self._lock:
+            timeline = self._loaded.get(timeline_id)
+            if timeline is None or (timeline.failure and not timeline.failed_for_good):
+                timeline = self._load(timeline_id, timeline)
+            timeline.check_usable()
+            return timeline
+
+    def get_or_create(self, timeline_id: TenantTimelineId) -> Timeline:
+        """The timeline, created empty if it does not exist."""
+        try:
+            return self.get(timeline_id)
+        except TimelineNotFoundError:
+            try:
+                return self.create(timeline_id)
+            except TimelineExistsError:
+                return self.get(timeline_id)
+
+    def create(self, timeline_id: TenantTimelineId) -> Timeline:
+        """Create an empty timeline durably. Raises TimelineExistsError, OSError."""
+        with self._lock:
+            directory = self._path(timeline_id)
+            if (directory / control_file.CONTROL_FILE_NAME).exists():
+                raise TimelineExistsError(f"timeline {timeline_id} already exists")
+            directory.mkdir(parents=True, exist_ok=True)
+            control_file.store(directory, ControlState(*timeline_id), sync=self._sync)
+            if self._sync:
+                fsync_dir(directory.parent)
+                fsync_dir(self._directory)
+            logger.info("created timeline %s", timeline_id)
+            return self._load(timeline_id, None)
+
+    def undelivered(self) -> Iterator[tuple[TenantTimelineId, str]]:
+        """The timelines on disk with committed WAL that their pageserver may lack, and its address.
+
+        Nothing is loaded: of a timeline that is at rest two small files are read. What cannot be
+        read is logged and does not hide the others.
+        """
+        for path in sorted(self._directory.glob(f"*/*/{control_file.CONTROL_FILE_NAME}")):
+            try:
+                timeline_id = TenantTimelineId(
+                    TenantId.parse(path.parent.parent.name), TimelineId.parse(path.parent.name)
+                )
+                known = delivery.load(path.parent)
+                if known is not None and control_file.load(path).commit_lsn > known.flush_lsn:
+                    yield timeline_id, known.connstr
+            except IdParseError:
+                logger.warning("%s is no timeline's directory, ignored", path.parent)
+            except (ControlFileError, DeliveryFileError, OSError) as e:
+                logger.error("cannot tell whether WAL is to be delivered: %s", e)
+
+    def loaded(self) -> list[Timeline]:
+        """The timelines in memory."""
+        with self._lock:
+            return list(self._loaded.values())
+
+    def save_progress(self, timelines: Iterable[Timeline] | None = None) -> None:
+        """Persist commit LSNs that have moved; errors are left to the timelines' next users."""
+        for timeline in self.loaded() if timelines is None else timelines:
+            try:
+                timeline.save_progress()
+            except Exception as e:
+                logger.error("cannot save the commit LSN of timeline %s: %s", timeline.id, e)
+
+    def _load(self, timeline_id: TenantTimelineId, failed: Timeline | None) -> Timeline:
+        if failed is not None:
+            failed.close()
+            del self._loaded[timeline_id]
+        try:
+            timeline = Timeline(
+                timeline_id,
+                self._path(timeline_id),
+                self._metrics.timeline(timeline_id),
+                sync=self._sync,
+                helper=self._helper,
+            )
+        except FileNotFoundError as e:
+            raise TimelineNotFoundError(f"timeline {timeline_id} is not on this safekeeper") from e
+        self._loaded[timeline_id] = timeline
+        return timeline
+
+    def _path(self, timeline_id: TenantTimelineId) -> Path:
+        return self._directory / str(timeline_id.tenant_id) / str(timeline_id.timeline_id)

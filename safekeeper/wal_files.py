@@ -1,0 +1,151 @@
+"""WAL segment files of one timeline: names, creation, reading.
+
+A segment is written under the name ``<24 hex>.partial`` and loses the suffix when it is full.
+Segments are created whole, zero-filled and fsynced, so that writing into them later changes no
+metadata and fdatasync is one disk write. Everything behind the written end is zeros: a torn
+write therefore shows as zeros, and an end-of-WAL search cannot meet records of an older term.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from postgres_ffi.wal_format import WAL_SEGMENT_SIZE, parse_wal_file_name, wal_file_name
+from zenith_utils.durable import fsync_dir
+from zenith_utils.lsn import lsn_text
+
+PARTIAL_SUFFIX: Final = ".partial"
+TEMP_SUFFIX: Final = ".tmp"
+_ZEROS_SIZE: Final = 1 << 20
+_TLI: Final = 1
+
+
+class WalStorageError(Exception):
+    """WAL that is damaged, missing or cannot be written; names the file or position."""
+
+
+class WalMissingError(WalStorageError):
+    """WAL at a requested position is not here."""
+
+
+def segment_path(directory: Path, segno: int, *, partial: bool) -> Path:
+    """Path of a segment file, complete or partial."""
+    name = wal_file_name(_TLI, segno)
+    return directory / (name + PARTIAL_SUFFIX if partial else name)
+
+
+def list_segments(directory: Path) -> list[tuple[int, bool]]:
+    """(segment number, partial) of all segment files, ascending; WalStorageError on doubles."""
+    found: dict[int, bool] = {}
+    for entry in os.scandir(directory):
+        name = entry.name
+        partial = name.endswith(PARTIAL_SUFFIX)
+        parsed = parse_wal_file_name(name.removesuffix(PARTIAL_SUFFIX))
+        if parsed is None:
+            continue
+        if parsed[1] in found:
+            raise WalStorageError(f"both {entry.path} and its partial or complete twin exist")
+        found[parsed[1]] = partial
+    return sorted(found.items())
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove segments whose creation a crash interrupted."""
+    for path in directory.glob(f"*{PARTIAL_SUFFIX}{TEMP_SUFFIX}"):
+        path.unlink()
+
+
+def create_segment(directory: Path, segno: int, *, sync: bool) -> Path:
+    """Create a zero-filled partial segment: visible under its name only when it is whole.
+
+    Raises OSError, for example when the disk is full; nothing is left behind then.
+    """
+    path = segment_path(directory, segno, partial=True)
+    temp = path.with_name(path.name + TEMP_SUFFIX)
+    fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            zeros = bytes(_ZEROS_SIZE)
+            for offset in range(0, WAL_SEGMENT_SIZE, _ZEROS_SIZE):
+                pwrite_all(fd, zeros, offset)
+            if sync:
+                os.fsync(fd)
+        finally:
+            os.close(fd)
+        temp.rename(path)
+    except BaseException:
+        temp.unlink(missing_ok=True)
+        raise
+    if sync:
+        fsync_dir(directory)
+    return path
+
+
+def pwrite_all(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """pwrite(2) until everything is written."""
+    written = os.pwrite(fd, data, offset)
+    while written < len(data):
+        written += os.pwrite(fd, memoryview(data)[written:], offset + written)
+
+
+def open_segment(directory: Path, segno: int, flags: int = os.O_RDONLY) -> int | None:
+    """Descriptor of a segment under either name, None if there is none."""
+    # A partial segment may become complete, or a complete one partial, between two attempts.
+    for partial in (True, False, True, False):
+        try:
+            path = segment_path(directory, segno, partial=partial)
+            return os.open(path, flags | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
+    return None
+
+
+class SegmentReader:
+    """Reads WAL by position; keeps the segment read last open. Not for use by two threads."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._segno = -1
+        self._fd = -1
+
+    def read(self, lsn: int, size: int) -> bytes:
+        """Up to `size` bytes from `lsn`, cut at the end of its segment file.
+
+        Raises WalMissingError if there is no such segment.
+        """
+        segno, offset = divmod(lsn, WAL_SEGMENT_SIZE)
+        if segno != self._segno:
+            self.close()
+            fd = open_segment(self._directory, segno)
+            if fd is None:
+                raise WalMissingError(
+                    f"WAL at {lsn_text(lsn)} is not on this safekeeper: "
+                    f"no segment {wal_file_name(_TLI, segno)} in {self._directory}"
+                )
+            self._segno, self._fd = segno, fd
+        data = os.pread(self._fd, min(size, WAL_SEGMENT_SIZE - offset), offset)
+        if not data:
+            raise WalStorageError(
+                f"segment {wal_file_name(_TLI, segno)} in {self._directory} is cut short at "
+                f"offset {offset}, its size should be {WAL_SEGMENT_SIZE}"
+            )
+        return data
+
+    def chunks(self, lsn: int, size: int = 1 << 20) -> Iterator[tuple[int, bytes]]:
+        """(position, bytes) from `lsn` to the end of the last contiguous segment."""
+        while True:
+            try:
+                data = self.read(lsn, size)
+            except WalMissingError:
+                return
+            yield lsn, data
+            lsn += len(data)
+
+    def close(self) -> None:
+        """Close the open segment; reading on reopens it."""
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._segno = self._fd = -1
