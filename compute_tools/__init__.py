@@ -1,0 +1,1 @@
+"""The compute side: a stock Postgres started on a timeline's state at an LSN, and supervised."""

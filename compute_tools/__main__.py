@@ -1,0 +1,7 @@
+"""`python -m compute_tools`."""
+
+import sys
+
+from compute_tools.main import main
+
+sys.exit(main())

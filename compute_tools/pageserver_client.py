@@ -1,0 +1,124 @@
+"""What a compute asks of its pageserver: a base backup, a lease, to be called back."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from compute_tools.spec import ComputeSpec, address_text
+from zenith_utils.lsn import Lsn
+from zenith_utils.pq_client import PqError, connect
+
+LEASE_TTL = 60.0
+HTTP_TIMEOUT = 10.0
+RELEASE_TIMEOUT = 2.0
+CONNECT_TIMEOUT = 10.0
+BASEBACKUP_TIMEOUT = 300.0
+
+
+class PageserverError(Exception):
+    """The pageserver refused a request or cannot be reached."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A promise of the pageserver to keep an LSN readable for `ttl` seconds."""
+
+    lease_id: str
+    lsn: Lsn
+
+
+class PageserverClient:
+    """The pageserver's services for one timeline."""
+
+    def __init__(self, spec: ComputeSpec) -> None:
+        self._spec = spec
+        self._path = f"/v1/tenant/{spec.tenant_id}/timeline/{spec.timeline_id}"
+
+    def last_record_lsn(self) -> Lsn:
+        """End of the last WAL record that the pageserver has of the timeline."""
+        detail = self._http("GET", "")
+        try:
+            return Lsn.parse(detail["local"]["last_record_lsn"])
+        except (KeyError, TypeError) as e:
+            raise PageserverError(
+                f"the pageserver does not have timeline {self._spec.timeline_id}"
+            ) from e
+
+    def basebackup(self, lsn: Lsn) -> bytes:
+        """The base backup at `lsn`, a tar stream; the pageserver waits until it has that LSN.
+
+        Raises PageserverError with the pageserver's own words.
+        """
+        spec = self._spec
+        host, port = spec.pageserver_pg
+        command = f"basebackup {spec.tenant_id} {spec.timeline_id} {lsn}"
+        try:
+            connection = connect(host, port, user="no_user", timeout=CONNECT_TIMEOUT)
+        except (OSError, PqError) as e:
+            raise PageserverError(f"connecting to page server failed: {e}") from e
+        try:
+            connection.sock.settimeout(BASEBACKUP_TIMEOUT)
+            return b"".join(connection.copy_out(command))
+        except (OSError, PqError) as e:
+            raise PageserverError(f"page server 'basebackup' command failed: {e}") from e
+        finally:
+            connection.close()
+
+    def callmemaybe(self) -> None:
+        """Ask the pageserver to fetch WAL from this compute (the mode without safekeepers)."""
+        spec = self._spec
+        host, port = spec.pageserver_pg
+        source = f"host=127.0.0.1 port={spec.port} user={spec.superuser} dbname=postgres"
+        try:
+            connection = connect(host, port, user="no_user", timeout=CONNECT_TIMEOUT)
+            try:
+                connection.simple_query(f"callmemaybe {spec.tenant_id} {spec.timeline_id} {source}")
+            finally:
+                connection.close()
+        except (OSError, PqError) as e:
+            raise PageserverError(f"callmemaybe failed: {e}") from e
+
+    def acquire_lease(self, lsn: Lsn) -> Lease:
+        """Take a lease on `lsn` for LEASE_TTL seconds."""
+        answer = self._http("POST", "/lsn_lease", {"lsn": str(lsn), "ttl": LEASE_TTL})
+        return Lease(answer["lease_id"], lsn)
+
+    def renew_lease(self, lease: Lease) -> None:
+        """Extend a lease; a pageserver that was restarted meanwhile takes it as a new one."""
+        self._http("PUT", f"/lsn_lease/{lease.lease_id}", {"lsn": str(lease.lsn), "ttl": LEASE_TTL})
+
+    def release_lease(self, lease: Lease) -> None:
+        """Give a lease back; it would expire by itself, so this does not wait long."""
+        self._http("DELETE", f"/lsn_lease/{lease.lease_id}", timeout=RELEASE_TIMEOUT)
+
+    def _http(
+        self, method: str, path: str, body: object = None, *, timeout: float = HTTP_TIMEOUT
+    ) -> Any:
+        # http.client and not requests: its import would be a tenth of a compute's start.
+        host, port = self._spec.pageserver_http
+        connection = http.client.HTTPConnection(host, port, timeout=timeout)
+        try:
+            text = None if body is None else json.dumps(body)
+            connection.request(
+                method, self._path + path, body=text, headers={"Content-Type": "application/json"}
+            )
+            response = connection.getresponse()
+            answer = response.read()
+        except (OSError, http.client.HTTPException) as e:
+            raise PageserverError(
+                f"cannot reach the pageserver at {address_text(host, port)}: {e}"
+            ) from e
+        finally:
+            connection.close()
+        try:
+            document = json.loads(answer) if answer else None
+        except ValueError:
+            document = None
+        if response.status >= 300:
+            if isinstance(document, dict) and "msg" in document:
+                raise PageserverError(document["msg"])
+            raise PageserverError(f"the pageserver answers HTTP status {response.status}")
+        return document

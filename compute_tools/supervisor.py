@@ -1,0 +1,424 @@
+"""The life of one compute: choose its LSN, make its directory, run Postgres, end it cleanly.
+
+The supervisor is Postgres' parent and keeps beside it the walproposer (with safekeepers) and the
+lease on its base LSN. Whatever ends first ends all: a compute is disposable, storage is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+
+from compute_tools import datadir, postgres_conf, state
+from compute_tools.config_files import ConfigFiles, DirectoryWatch
+from compute_tools.lazy_map import LazyMapError, lazyfiles_environment
+from compute_tools.pageserver_client import LEASE_TTL, Lease, PageserverClient, PageserverError
+from compute_tools.periodic import Periodic
+from compute_tools.postgres_process import (
+    PostgresError,
+    PostgresProcess,
+    become_subreaper,
+    end_leftovers,
+    reap_strangers,
+)
+from compute_tools.proposer_process import ProposerError, ProposerProcess
+from compute_tools.spec import ComputeSpec
+from pgxn.build import ModuleBuildError, PgModules, build_modules
+from postgres_ffi.control_file import parse_control_file
+from postgres_ffi.distrib import DistribError, find_distrib
+from zenith_utils.lsn import Lsn
+from zenith_utils.os_user import OsUserError
+from zenith_utils.reachable import check_reachable
+
+log = logging.getLogger(__name__)
+
+_IMMEDIATE_TIMEOUT = 5.0
+_THREAD_TIMEOUT = 2.0
+_TICK = 1.0
+
+Progress = Callable[[str], None]
+
+# What can go wrong in a start, and says by itself what it is.
+_START_ERRORS = (
+    OSError,
+    DistribError,
+    LazyMapError,
+    ModuleBuildError,
+    OsUserError,
+    PageserverError,
+    PostgresError,
+    ProposerError,
+    datadir.DatadirError,
+)
+
+
+class ComputeError(Exception):
+    """The compute cannot start; the message says why."""
+
+
+class StopMode(Enum):
+    """How Postgres is asked to stop."""
+
+    FAST = signal.SIGINT
+    IMMEDIATE = signal.SIGQUIT
+
+
+class _StopRequested(Exception):
+    """A signal asked for the end while the compute was starting."""
+
+
+@dataclass(slots=True)
+class _Parts:
+    """What runs, in the order it was started."""
+
+    proposer: ProposerProcess | None = None
+    lease: Lease | None = None
+    renewal: Periodic | None = None
+    postgres: PostgresProcess | None = None
+    calls: Periodic | None = None
+
+
+class Supervisor:
+    """Runs one compute from start to end. Use from the main thread of its process."""
+
+    def __init__(self, spec: ComputeSpec) -> None:
+        self._spec = spec
+        self._pageserver = PageserverClient(spec)
+        self._config = ConfigFiles(spec.pgdata, spec.state_dir / "postgresql.conf")
+        self._watch = DirectoryWatch()
+        self._parts = _Parts()
+        self._stop: StopMode | None = None
+        self._reload = False
+        self._may_interrupt = False
+        self._wakeup, wakeup_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(wakeup_write, warn_on_full_buffer=False)
+        for number, mode in (
+            (signal.SIGTERM, StopMode.FAST),
+            (signal.SIGINT, StopMode.FAST),
+            (signal.SIGQUIT, StopMode.IMMEDIATE),
+        ):
+            signal.signal(number, partial(self._on_stop_signal, mode))
+        signal.signal(signal.SIGHUP, self._on_reload_signal)
+        signal.signal(signal.SIGCHLD, lambda _n, _f: None)
+        become_subreaper()
+
+    def start(self, progress: Progress) -> None:
+        """Bring the compute up until it takes connections; raises ComputeError.
+
+        `progress` is told what is being done, a line a step. On a failure, or when a signal asks
+        for the end, nothing is left running.
+        """
+        state_dir = self._spec.state_dir
+        state.write(state_dir, state.Phase.STARTING)
+        try:
+            self._start(progress)
+        except Exception as e:
+            reason = _why_not_started(e)
+            self._stop_all(StopMode.IMMEDIATE)
+            state.write(state_dir, state.Phase.STOPPED, reason)
+            raise ComputeError(reason) from e
+        state.write(state_dir, state.Phase.RUNNING)
+
+    def run(self) -> int:
+        """Wait for the end, whoever brings it; the process's exit status."""
+        state_dir = self._spec.state_dir
+        # The directory that was swapped out: removing a large one would have delayed the start.
+        threading.Thread(
+            target=datadir.remove_leftovers, args=(state_dir,), name="cleanup", daemon=True
+        ).start()
+        reason = self._wait_for_end()
+        if reason is None:
+            state.write(state_dir, state.Phase.STOPPING)
+            trouble = self._stop_all(self._stop or StopMode.FAST)
+            state.write(state_dir, state.Phase.STOPPED, trouble)
+            log.info("compute stopped%s", f": {trouble}" if trouble else "")
+            return 0
+        log.error("compute ends: %s", reason)
+        state.write(state_dir, state.Phase.CRASHED, reason)
+        self._stop_all(StopMode.IMMEDIATE)
+        return 1
+
+    # Start
+
+    def _start(self, progress: Progress) -> None:
+        spec, parts = self._spec, self._parts
+        if spec.safekeepers and not spec.read_only:
+            # First of all: its election goes on while we look for our own things.
+            parts.proposer = ProposerProcess.start(spec)
+        with self._interruptible():
+            state.remove_temp_files(spec.state_dir)
+            check_reachable(spec.state_dir)
+            end_leftovers(spec.pgdata)
+            datadir.recover_swap(spec.pgdata, spec.state_dir)
+            distrib = find_distrib(spec.distrib_dir)
+            modules = build_modules(distrib)
+            base_lsn = self._choose_lsn(progress)
+            progress(
+                "Extracting base backup to create postgres instance: "
+                f"path={spec.pgdata} port={spec.port}"
+            )
+            backup = self._pageserver.basebackup(base_lsn)
+            parts.lease = self._pageserver.acquire_lease(base_lsn)
+        parts.renewal = Periodic(
+            "renewing the lease",
+            LEASE_TTL / 3,
+            partial(self._pageserver.renew_lease, parts.lease),
+        )
+        parts.renewal.start()
+        with self._interruptible():
+            prepared = datadir.prepare(backup, spec.pgdata, spec.state_dir, standby=spec.read_only)
+            del backup
+            datadir.swap_in(prepared, spec.pgdata, spec.state_dir)
+            progress(
+                f"Starting postgres node at 'host=127.0.0.1 port={spec.port} "
+                f"user={spec.superuser} dbname=postgres'"
+            )
+            settings = self._generate_config()
+            arguments = self._postgres_arguments(settings, modules)
+        parts.postgres = PostgresProcess.start(
+            distrib.bin_dir / "postgres", spec.pgdata, arguments, self._environment(modules)
+        )
+        with self._interruptible():
+            parts.postgres.wait_ready()
+            if parts.proposer is not None:
+                self._set_limits(settings)
+                # The first record of this life of the server lies at the base LSN.
+                parts.proposer.begin(base_lsn, spec.port, spec.superuser)
+            elif not spec.read_only:
+                self._pageserver.callmemaybe()
+        if parts.proposer is None and not spec.read_only:
+            # A pageserver that was restarted does not know of us until it is called.
+            parts.calls = Periodic("calling the pageserver", _TICK, self._pageserver.callmemaybe)
+            parts.calls.start()
+
+    @contextlib.contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Steps that a stop signal may break off anywhere: they own nothing yet that must be ended.
+
+        Between them a signal is only remembered, so that no process is started and forgotten.
+        """
+        self._may_interrupt = True
+        try:
+            if self._stop is not None:
+                raise _StopRequested
+            yield
+        finally:
+            self._may_interrupt = False
+
+    def _choose_lsn(self, progress: Progress) -> Lsn:
+        """The LSN this compute starts at."""
+        spec, proposer = self._spec, self._parts.proposer
+        if spec.lsn is not None:
+            return spec.lsn
+        if proposer is None:
+            return self._pageserver.last_record_lsn()
+        synced = proposer.wait_elected()
+        if synced is None:
+            # Nothing was ever written: the timeline's own LSN is where its WAL begins.
+            return self._pageserver.last_record_lsn()
+        progress(f"Safekeepers synced on {synced}")
+        return synced
+
+    def _generate_config(self) -> dict[str, str]:
+        settings = self._config.generate()
+        self._watch.watch(self._config.directories())
+        return settings
+
+    def _postgres_arguments(self, settings: dict[str, str], modules: PgModules) -> list[str]:
+        """The command line that goes with the settings file."""
+        spec = self._spec
+        control = parse_control_file((spec.pgdata / "global" / "pg_control").read_bytes())
+        standby_name = "walproposer" if spec.safekeepers else "pageserver"
+        node = postgres_conf.Node(
+            pgdata=spec.pgdata,
+            port=spec.port,
+            standby_name=None if spec.read_only else standby_name,
+            safekeepers=bool(spec.safekeepers),
+            tracked={
+                name: control.field(field) for name, field in postgres_conf.TRACKED_LIMITS.items()
+            },
+            prepared=len(list((spec.pgdata / "pg_twophase").iterdir())),
+            library=modules.zenith,
+        )
+        arguments = ["-c", f"config_file={spec.state_dir / 'postgresql.conf'}"]
+        for name, value in postgres_conf.command_line(settings, node).items():
+            arguments += ["-c", f"{name}={value}"]
+        return arguments
+
+    def _environment(self, modules: PgModules) -> dict[str, str]:
+        spec = self._spec
+        return {
+            **_clean_environment(),
+            **lazyfiles_environment(
+                modules.lazyfiles,
+                spec.state_dir / "blocks.map",
+                pageserver=spec.pageserver_pg,
+                tenant_id=spec.tenant_id,
+                timeline_id=spec.timeline_id,
+            ),
+        }
+
+    def _set_limits(self, settings: dict[str, str]) -> None:
+        assert self._parts.proposer is not None
+        self._parts.proposer.set_limits(
+            postgres_conf.size_limit(settings, "max_replication_write_lag"),
+            postgres_conf.size_limit(settings, "max_replication_flush_lag"),
+        )
+
+    # While it runs
+
+    def _wait_for_end(self) -> str | None:
+        """Wait until a stop is asked for (None) or something ends by itself (the reason)."""
+        while self._stop is None:
+            ended = self._what_ended()
+            if ended is not None:
+                return ended
+            reap_strangers(self._own_children())
+            if self._reload or self._config.changed():
+                self._follow_config()
+            select.select([self._wakeup, *self._watch.filenos()], [], [], _TICK)
+            self._drain_wakeup()
+            self._watch.drain()
+        return None
+
+    def _follow_config(self) -> None:
+        """Postgres' reload reads the generated file, so it follows the user's at once."""
+        try:
+            settings = self._generate_config()
+            if self._parts.proposer is not None:
+                self._set_limits(settings)
+        except (OSError, ProposerError) as e:
+            log.error("cannot follow the change of the configuration: %s", e)
+        if self._reload and self._parts.postgres is not None:
+            self._reload = False
+            self._parts.postgres.signal(signal.SIGHUP)
+
+    def _what_ended(self) -> str | None:
+        postgres, proposer = self._parts.postgres, self._parts.proposer
+        assert postgres is not None
+        status = postgres.poll()
+        if status is not None:
+            return f"Postgres ended unexpectedly with status {status}:\n{postgres.log_tail()}"
+        if proposer is not None:
+            ended = proposer.why_ended()
+            if ended is not None:
+                return ended
+        if self._spec.read_only and not (self._spec.pgdata / "standby.signal").exists():
+            return "the read-only node was promoted: it would diverge from its timeline"
+        return None
+
+    def _own_children(self) -> set[int]:
+        parts = (self._parts.postgres, self._parts.proposer)
+        return {part.pid for part in parts if part is not None}
+
+    def _on_stop_signal(self, mode: StopMode, _number: int, _frame: object) -> None:
+        # A second, stronger request wins over the first.
+        if self._stop is not StopMode.IMMEDIATE:
+            self._stop = mode
+        if self._may_interrupt:
+            self._may_interrupt = False
+            raise _StopRequested
+
+    def _on_reload_signal(self, _number: int, _frame: object) -> None:
+        self._reload = True
+
+    def _drain_wakeup(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self._wakeup, 512):
+                pass
+
+    # End
+
+    def _stop_all(self, mode: StopMode) -> str:
+        """End everything; what did not go as it should, empty after a clean stop."""
+        parts, self._parts = self._parts, _Parts()
+        trouble = ""
+        if parts.calls is not None:
+            parts.calls.stop(_THREAD_TIMEOUT)
+        if parts.postgres is not None:
+            trouble = self._stop_postgres(parts.postgres, mode)
+            spare = [] if parts.proposer is None else [parts.proposer.pid]
+            parts.postgres.clean_up(spare=spare)
+        if parts.proposer is not None:
+            # After a clean end it first brings the shutdown checkpoint to the quorum.
+            if (
+                mode is StopMode.FAST
+                and not trouble
+                and not parts.proposer.drain(lambda: self._stop is StopMode.IMMEDIATE)
+            ):
+                trouble = "its last WAL, nothing acknowledged, did not reach the safekeepers"
+            parts.proposer.stop()
+        if parts.renewal is not None:
+            renewing = not parts.renewal.stop(_THREAD_TIMEOUT)
+            if parts.lease is not None and not renewing:
+                self._release(parts.lease)
+        return trouble
+
+    def _release(self, lease: Lease) -> None:
+        try:
+            self._pageserver.release_lease(lease)
+        except PageserverError as e:
+            log.info("lease on %s was not given back and will expire: %s", lease.lsn, e)
+
+    def _stop_postgres(self, postgres: PostgresProcess, mode: StopMode) -> str:
+        """Stop the server by its deadline: without a quorum a fast stop would wait for ever.
+
+        Returns what went wrong with a fast stop; an immediate one is as it was asked for.
+        """
+        if mode is StopMode.IMMEDIATE:
+            self._quit_postgres(postgres)
+            return ""
+        if postgres.poll() is not None:
+            return f"Postgres had ended before with status {postgres.poll()}"
+        postgres.signal(signal.SIGINT)
+        deadline = time.monotonic() + self._spec.stop_timeout
+        while time.monotonic() < deadline and self._stop is not StopMode.IMMEDIATE:
+            if postgres.wait(0.05):
+                status = postgres.poll()
+                return f"Postgres ended with status {status}" if status else ""
+        if self._stop is StopMode.IMMEDIATE:
+            trouble = "it was ended immediately before a fast stop was over"
+        else:
+            trouble = (
+                f"it did not stop within {self._spec.stop_timeout:g} s (is the quorum away?) and "
+                "was ended immediately; nothing acknowledged is lost"
+            )
+        log.warning("%s", trouble)
+        self._quit_postgres(postgres)
+        return trouble
+
+    def _quit_postgres(self, postgres: PostgresProcess) -> None:
+        for number in (signal.SIGQUIT, signal.SIGKILL):
+            postgres.signal(number)
+            if postgres.wait(_IMMEDIATE_TIMEOUT):
+                return
+        log.error("Postgres, process %d, cannot be ended", postgres.pid)
+
+
+def _why_not_started(error: Exception) -> str:
+    if isinstance(error, _StopRequested):
+        return "it was stopped while starting"
+    if isinstance(error, _START_ERRORS):
+        return str(error)
+    log.error("the start failed", exc_info=error)
+    return f"internal error: {error!r}"
+
+
+def _clean_environment() -> dict[str, str]:
+    """Our environment without what would steer libpq or the server behind the settings' back."""
+    keep = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("PG") and name not in ("LD_PRELOAD", "NOTIFY_SOCKET")
+    }
+    keep.setdefault("PATH", "/usr/bin:/bin")
+    return keep

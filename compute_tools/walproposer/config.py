@@ -1,0 +1,26 @@
+"""What a walproposer is started with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from zenith_utils.ids import TenantId, TimelineId
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Settings of a walproposer; `pgdata` is the compute's data directory (its WAL is read)."""
+
+    tenant_id: TenantId
+    timeline_id: TimelineId
+    safekeepers: tuple[tuple[str, int], ...]
+    pageserver_connstr: str | None
+    pgdata: Path | None
+    pg_version: int = 0
+    drain_timeout: float = 10.0
+
+    @property
+    def session_options(self) -> str:
+        """Start-up options of a session with a safekeeper."""
+        return f"-c ztimelineid={self.timeline_id} ztenantid={self.tenant_id}"

@@ -1,0 +1,66 @@
+"""Command line of the walproposer; control.py describes the dialogue on stdin and stdout."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from compute_tools.walproposer.config import Config
+from compute_tools.walproposer.control import ControlChannel
+from compute_tools.walproposer.shell import Walproposer
+from zenith_utils.daemonize import AddressError, parse_address
+from zenith_utils.ids import TenantId, TimelineId
+
+_DEFAULT_SAFEKEEPER_PORT = 5454
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code (control.py)."""
+    config = _parse_arguments(argv)
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.INFO,
+        format="%(asctime)s walproposer %(levelname)s %(message)s",
+    )
+    proposer = Walproposer(config, ControlChannel(0, 1))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the supervisor's
+    signal.signal(signal.SIGTERM, lambda *_: proposer.terminate())
+    code = proposer.run()
+    # Threads may still be connecting to safekeepers that are down.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _parse_arguments(argv: Sequence[str] | None) -> Config:
+    parser = argparse.ArgumentParser(prog="walproposer", description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("--tenant", type=TenantId.parse, required=True)
+    add("--timeline", type=TimelineId.parse, required=True)
+    add("--safekeepers", type=_safekeepers, required=True, help="host:port,host:port,...")
+    add("--pageserver-connstr", help="what safekeepers call, a postgresql:// URL without '='")
+    add("--pgdata", type=Path, help="data directory of Postgres, whose pg_wal helps laggards")
+    add("--pg-version", type=int, default=0, help="server version number, as 150018")
+    add("--drain-timeout", type=float, default=10.0, help="seconds to push the last WAL")
+    args = parser.parse_args(argv)
+    return Config(
+        args.tenant,
+        args.timeline,
+        args.safekeepers,
+        args.pageserver_connstr,
+        args.pgdata,
+        args.pg_version,
+        args.drain_timeout,
+    )
+
+
+def _safekeepers(text: str) -> tuple[tuple[str, int], ...]:
+    try:
+        return tuple(parse_address(part, _DEFAULT_SAFEKEEPER_PORT) for part in text.split(","))
+    except AddressError as e:
+        raise argparse.ArgumentTypeError(str(e)) from e

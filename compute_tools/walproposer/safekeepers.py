@@ -1,0 +1,341 @@
+"""The sessions with all safekeepers: connecting for ever, sending WAL, catching laggards up.
+
+A safekeeper that keeps pace gets WAL straight from Postgres' stream. One that does not (its socket
+is full, it was away) holds at most one unsent message here; what it lacks is read back from pg_wal
+or from another safekeeper, so nobody's slowness costs memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final
+
+from compute_tools.walproposer.config import Config
+from compute_tools.walproposer.core import (
+    Action,
+    Announced,
+    Peer,
+    PeerState,
+    Phase,
+    Proposer,
+    Send,
+)
+from compute_tools.walproposer.link import Link, LinkError, copy_data_header, open_session
+from compute_tools.walproposer.loop import READABLE, WRITABLE, EventLoop
+from compute_tools.walproposer.wal_source import PgWalReader, RecoveryReader
+from zenith_utils.lsn import lsn_text
+from zenith_utils.pq_client import PqError
+from zenith_utils.safekeeper_messages import (
+    APPEND_HEADER_SIZE,
+    MAX_SEND_SIZE,
+    MessageError,
+    parse_acceptor_message,
+)
+
+logger = logging.getLogger(__name__)
+
+_RETRY_FIRST: Final = 0.05
+_RETRY_MOST: Final = 1.0
+_SILENCE: Final = 15.0
+_RECOVERY_RETRY: Final = 0.2
+_COPY_DONE: Final = b"c\0\0\0\4"
+
+
+class Safekeeper:
+    """One safekeeper: its address, the session if there is one, and the reader helping it."""
+
+    def __init__(self, index: int, address: tuple[str, int], peer: Peer) -> None:
+        self.index = index
+        self.address = address
+        self.peer = peer
+        self.link: Link | None = None
+        self.connecting = False
+        self.retry_at = 0.0
+        self.retry_delay = _RETRY_FIRST
+        self.heard_at = 0.0
+        self.recovery: RecoveryReader | None = None
+        self.recovery_at = 0.0
+
+    def __str__(self) -> str:
+        return f"safekeeper {self.address[0]}:{self.address[1]}"
+
+
+class SafekeeperPool:
+    """All safekeepers of the timeline."""
+
+    def __init__(
+        self,
+        config: Config,
+        core: Proposer,
+        loop: EventLoop,
+        on_actions: Callable[[Iterable[Action]], None],
+    ) -> None:
+        """`on_actions` gets the core's actions other than Send and Announced."""
+        self._config = config
+        self._core = core
+        self._loop = loop
+        self._on_actions = on_actions
+        self._pg_wal = PgWalReader(config.pgdata) if config.pgdata is not None else None
+        self.members = [
+            Safekeeper(i, address, core.peers[i]) for i, address in enumerate(config.safekeepers)
+        ]
+        self.told_commit = 0
+        """Commit LSN in the last message that went to everybody who keeps pace."""
+
+    # ---- sessions
+
+    def connect_missing(self, now: float) -> bool:
+        """Begin to connect to whoever is away and due; whether anybody is away."""
+        away = False
+        for member in self.members:
+            if member.link is None:
+                away = True
+                if not member.connecting and now >= member.retry_at:
+                    self._connect(member)
+        return away
+
+    def _connect(self, member: Safekeeper) -> None:
+        member.connecting = True
+        options = self._config.session_options
+        pageserver = self._config.pageserver_connstr
+
+        def work() -> Callable[[], None]:
+            try:
+                sock, received = open_session(member.address, options, pageserver)
+            except (PqError, OSError) as e:
+                reason = str(e)
+                return lambda: self._connect_failed(member, reason)
+            return lambda: self._connected(member, Link(sock, received))
+
+        self._loop.in_thread(f"connect-{member.index}", work)
+
+    def _connect_failed(self, member: Safekeeper, reason: str) -> None:
+        member.connecting = False
+        if member.retry_delay == _RETRY_FIRST:
+            logger.warning("cannot connect to %s, will keep trying: %s", member, reason)
+        member.retry_at = time.monotonic() + member.retry_delay
+        member.retry_delay = min(2 * member.retry_delay, _RETRY_MOST)
+
+    def _connected(self, member: Safekeeper, link: Link) -> None:
+        member.connecting = False
+        member.link = link
+        member.heard_at = time.monotonic()
+        logger.info("connected to %s", member)
+        self._loop.add(link.fileno(), lambda mask: self._on_link(member, mask))
+        self.perform(self._core.connected(member.index))
+        if member.link is link:
+            self._receive(member, link, link.parse)
+
+    def _drop(self, member: Safekeeper, reason: str) -> None:
+        link = member.link
+        if link is None:
+            return
+        logger.warning("session with %s ends: %s", member, reason)
+        self._loop.remove(link.fileno())
+        link.close()
+        member.link = None
+        self._stop_recovery(member)
+        was_streaming = member.peer.state is PeerState.STREAMING
+        self._core.disconnected(member.index)
+        member.retry_delay = _RETRY_FIRST if was_streaming else max(member.retry_delay, 0.1)
+        member.retry_at = time.monotonic() + member.retry_delay
+        member.retry_delay = min(2 * member.retry_delay, _RETRY_MOST)
+
+    def drop_silent(self, now: float) -> None:
+        """End sessions that answer no heartbeats: the peer or the network is stuck."""
+        idle = (PeerState.GREETED, PeerState.VOTED)  # nothing was asked
+        for member in self.members:
+            if member.peer.state in idle:
+                member.heard_at = now
+            elif member.link is not None and now - member.heard_at > _SILENCE:
+                self._drop(member, f"no answer for {_SILENCE:.0f} s")
+
+    # ---- events
+
+    def _on_link(self, member: Safekeeper, mask: int) -> None:
+        link = member.link
+        if link is None:
+            return
+        if mask & WRITABLE:
+            try:
+                if link.send_pending():
+                    self._loop.modify(link.fileno(), READABLE)
+            except LinkError as e:
+                self._drop(member, str(e))
+                return
+        if mask & ~WRITABLE:
+            self._receive(member, link, link.receive)
+
+    def _receive(
+        self, member: Safekeeper, link: Link, read: Callable[[], list[memoryview]]
+    ) -> None:
+        try:
+            for payload in read():
+                actions = self._core.receive(member.index, parse_acceptor_message(payload))
+                if actions:
+                    self.perform(actions)
+        except (LinkError, MessageError) as e:
+            if member.link is link:
+                self._drop(member, str(e))
+            return
+        member.heard_at = time.monotonic()
+        member.retry_delay = _RETRY_FIRST
+
+    def perform(self, actions: Sequence[Action]) -> None:
+        """Carry out actions of the core."""
+        rest = []
+        for action in actions:
+            if isinstance(action, Send):
+                payload = action.message.encode()  # type: ignore[union-attr]
+                self._send(self.members[action.peer], copy_data_header(len(payload)) + payload)
+            elif isinstance(action, Announced):
+                member = self.members[action.peer]
+                logger.info("streaming to %s from %s", member, lsn_text(member.peer.next_lsn))
+                self._stop_recovery(member)
+                self._heartbeat(member)
+            else:
+                rest.append(action)
+        if rest:
+            self._on_actions(rest)
+
+    # ---- sending
+
+    def broadcast(self, begin_lsn: int, end_lsn: int, pieces: Iterable[memoryview]) -> None:
+        """Send WAL that has just come from Postgres to everybody who has all before it."""
+        message = self._append_message(begin_lsn, end_lsn, pieces)
+        for member in self.members:
+            peer, link = member.peer, member.link
+            if (
+                peer.next_lsn == begin_lsn
+                and link is not None
+                and peer.state is PeerState.STREAMING
+                and not link.pending
+            ):
+                peer.next_lsn = end_lsn
+                self._send(member, message)
+        self.told_commit = self._core.commit_lsn
+
+    def heartbeat(self) -> None:
+        """Tell the commit LSN to everybody who is not busy with WAL, and have them answer."""
+        for member in self.members:
+            if member.peer.state is PeerState.STREAMING and member.link is not None:
+                self._heartbeat(member)
+        self.told_commit = self._core.commit_lsn
+
+    def _heartbeat(self, member: Safekeeper) -> None:
+        if member.link is not None and not member.link.pending:
+            lsn = member.peer.next_lsn
+            self._send(member, self._append_message(lsn, lsn, ()))
+
+    def _append_message(
+        self, begin_lsn: int, end_lsn: int, pieces: Iterable[bytes | memoryview]
+    ) -> bytes:
+        header = copy_data_header(APPEND_HEADER_SIZE + end_lsn - begin_lsn)
+        request = self._core.append_request(begin_lsn, end_lsn)
+        return b"".join((header, request.encode_header(), *pieces))
+
+    def _send(self, member: Safekeeper, message: bytes) -> None:
+        link = member.link
+        if link is None:
+            return
+        try:
+            if not link.send(message):
+                self._loop.modify(link.fileno(), READABLE | WRITABLE)
+        except LinkError as e:
+            self._drop(member, str(e))
+
+    # ---- catching up
+
+    def pump(self, end_lsn: int, now: float) -> bool:
+        """Send one piece of WAL below `end_lsn` to each laggard; whether more can be sent now."""
+        more = False
+        for member in self.members:
+            peer, link = member.peer, member.link
+            if (
+                peer.next_lsn < end_lsn
+                and link is not None
+                and peer.state is PeerState.STREAMING
+                and not link.pending
+                and self._pump(member, end_lsn, now)
+            ):
+                more = True
+        return more
+
+    def _pump(self, member: Safekeeper, end_lsn: int, now: float) -> bool:
+        lsn = member.peer.next_lsn
+        data: bytes | None = None
+        if member.recovery is not None:
+            data = member.recovery.take()
+            if data is None and member.recovery.finished:
+                error = member.recovery.error
+                if error is not None:
+                    logger.warning("recovery of %s breaks off: %s", member, error)
+                    member.recovery_at = now + _RECOVERY_RETRY
+                self._stop_recovery(member)
+        elif self._core.phase is Phase.LEADER and lsn >= self._core.epoch_start_lsn:
+            data = self._read_pg_wal(lsn, min(end_lsn - lsn, MAX_SEND_SIZE))
+        if data is None:
+            if member.recovery is None and now >= member.recovery_at:
+                self._start_recovery(member, end_lsn, now)
+            return False
+        for offset in range(0, len(data), MAX_SEND_SIZE):
+            piece = data[offset : offset + MAX_SEND_SIZE]
+            begin = member.peer.next_lsn
+            member.peer.next_lsn = begin + len(piece)
+            self._send(member, self._append_message(begin, begin + len(piece), (piece,)))
+        return True
+
+    def _read_pg_wal(self, lsn: int, size: int) -> bytes | None:
+        return None if self._pg_wal is None else self._pg_wal.read(lsn, size)
+
+    def _start_recovery(self, member: Safekeeper, end_lsn: int, now: float) -> None:
+        """Have a safekeeper that holds what `member` lacks stream it to us."""
+        core = self._core
+        lsn = member.peer.next_lsn
+        for source in core.sources(member.index):
+            if self.members[source].link is None:
+                continue
+            have = core.peers[source].flush_lsn
+            if source == core.donor:
+                have = max(have, core.epoch_start_lsn)
+            logger.info("%s: recovering WAL from %s", member, self.members[source])
+            member.recovery = RecoveryReader(
+                self.members[source].address,
+                # Of our term only: it would serve the WAL of another leader otherwise.
+                f"{self._config.session_options} zterm={core.term}",
+                lsn,
+                min(have, end_lsn),
+                lambda: self._loop.post(lambda: None),
+            )
+            return
+        member.recovery_at = now + _RECOVERY_RETRY
+
+    def _stop_recovery(self, member: Safekeeper) -> None:
+        if member.recovery is not None:
+            member.recovery.cancel()
+            member.recovery = None
+
+    # ---- the end
+
+    def have_all(self, lsn: int) -> int:
+        """How many safekeepers have been sent everything below `lsn`."""
+        return sum(
+            member.link is not None
+            and member.peer.state is PeerState.STREAMING
+            and member.peer.next_lsn >= lsn
+            and not member.link.pending
+            for member in self.members
+        )
+
+    def say_goodbye(self) -> None:
+        """Tell the last commit LSN and end the sessions in order."""
+        self.heartbeat()
+        for member in self.members:
+            if member.link is not None:
+                self._send(member, _COPY_DONE)
+
+    def all_gone(self) -> bool:
+        """Whether every safekeeper has processed our goodbye or is away."""
+        return all(member.link is None or member.link.finished for member in self.members)

@@ -1,0 +1,312 @@
+"""The walproposer process: election, stream, acknowledgements, the end.
+
+One thread does it all; others only connect and read recovery streams. On the path of a commit there
+is one read from Postgres, one send per safekeeper, one read per answer and one report.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import secrets
+import time
+from collections.abc import Iterable, Sequence
+from enum import IntEnum
+from typing import Any, Final
+
+from compute_tools.walproposer.config import Config
+from compute_tools.walproposer.control import ControlChannel, ControlError
+from compute_tools.walproposer.core import (
+    Action,
+    CampaignFailed,
+    Defeated,
+    Identity,
+    Phase,
+    Proposer,
+    ProposerError,
+)
+from compute_tools.walproposer.loop import EventLoop
+from compute_tools.walproposer.postgres import PostgresStream
+from compute_tools.walproposer.postgres_stream import PostgresAddress, StreamError
+from compute_tools.walproposer.safekeepers import SafekeeperPool
+from zenith_utils.lsn import Lsn, LsnParseError, lsn_text
+from zenith_utils.safekeeper_messages import NO_FEEDBACK
+
+logger = logging.getLogger(__name__)
+
+_TICK: Final = 1.0
+_ANNOUNCE_COMMIT: Final = 0.005
+_RETRY_POLL: Final = 0.05
+_DRAIN_POLL: Final = 0.02
+_DRAIN_QUIET: Final = 0.2
+_GOODBYE: Final = 2.0
+_RECOVERY_STUCK: Final = 5.0
+_CAMPAIGN_PAUSE: Final = (0.02, 0.2)
+
+
+class ExitCode(IntEnum):
+    """How the process ends."""
+
+    FINISHED = 0
+    FATAL = 1
+    DEFEATED = 3
+
+
+class _Finished(Exception):
+    def __init__(self, code: ExitCode) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+class Walproposer:
+    """Runs one proposer from election to the end of its Postgres."""
+
+    def __init__(self, config: Config, control: ControlChannel) -> None:
+        self._config = config
+        self._control = control
+        self._loop = EventLoop()
+        identity = Identity(
+            config.tenant_id, config.timeline_id, secrets.token_bytes(16), config.pg_version
+        )
+        self._core = Proposer(identity, len(config.safekeepers))
+        self._pool = SafekeeperPool(config, self._core, self._loop, self._on_actions)
+        self._postgres: PostgresStream | None = None
+        self._told_elected = False
+        self._reported_lsn = 0
+        self._write_lag = self._flush_lag = 0
+        self._status: object = None
+        self._campaign_at: float | None = None
+        self._progress: object = None
+        self._progress_at = 0.0
+        self._next_tick = 0.0
+        self._drain_deadline: float | None = None
+        self._drain_clean = False
+        self._goodbye_deadline: float | None = None
+
+    def run(self) -> ExitCode:
+        """Run to the end; the reason has been told to the supervisor."""
+        self._loop.add(self._control.fileno(), self._on_control)
+        timeout = 0.0
+        try:
+            while True:
+                busy = self._loop.poll(timeout)
+                timeout = self._after_events(busy)
+        except _Finished as e:
+            return e.code
+        except (ProposerError, ControlError, StreamError) as e:
+            logger.error("%s", e)
+            self._control.fatal(str(e))
+            return ExitCode.FATAL
+        except Exception as e:
+            logger.exception("the walproposer failed")
+            self._control.fatal(f"internal error: {e!r}")
+            return ExitCode.FATAL
+
+    def terminate(self) -> None:
+        """Come to an end soon, as if Postgres had gone. From any thread or signal handler."""
+        self._loop.post(lambda: self.on_postgres_gone(False))
+
+    # ---- the loop
+
+    def _after_events(self, busy: bool) -> float:
+        """What follows from the events of a round; how long the next one may wait, in seconds."""
+        core, pool = self._core, self._pool
+        now = time.monotonic()
+        away = pool.connect_missing(now)
+        if core.phase is not Phase.LEADER:
+            self._elect(now)
+        postgres = self._postgres
+        if core.commit_lsn > self._reported_lsn or (postgres and postgres.reply_requested):
+            self._report()
+        more = False
+        if core.phase is not Phase.CAMPAIGN:
+            more = pool.pump(self._end_lsn(), now)
+        if core.commit_lsn > pool.told_commit and (not busy or not self._told_elected):
+            pool.heartbeat()
+        if now >= self._next_tick:
+            self._next_tick = now + _TICK
+            self._tick(now)
+        if self._drain_deadline is not None:
+            self._drain(now, self._drain_deadline)
+        if more:
+            return 0.0
+        if core.commit_lsn > pool.told_commit:
+            return _ANNOUNCE_COMMIT
+        if self._drain_deadline is not None:
+            return _DRAIN_POLL
+        if away or not self._told_elected or self._pump_waits():
+            return _RETRY_POLL
+        return max(0.0, self._next_tick - now)
+
+    def _pump_waits(self) -> bool:
+        end = self._end_lsn()
+        return any(peer.next_lsn < end for peer in self._core.peers)
+
+    def _end_lsn(self) -> int:
+        """End of the WAL that exists: what safekeepers should get."""
+        if self._postgres is not None:
+            return self._postgres.received_lsn
+        return self._core.epoch_start_lsn
+
+    def _tick(self, now: float) -> None:
+        core, pool = self._core, self._pool
+        pool.drop_silent(now)
+        if self._goodbye_deadline is None:
+            pool.heartbeat()
+        if self._postgres is not None:
+            # Also tells the walsender that we live while it cannot send.
+            self._report(force=True)
+        status = core.commit_lsn, core.feedback
+        if self._told_elected and status != self._status:
+            self._status = status
+            self._control.status(*status)
+
+    # ---- election
+
+    def _on_actions(self, actions: Iterable[Action]) -> None:
+        for action in actions:
+            if isinstance(action, Defeated):
+                logger.error(
+                    "defeated: %s is in term %d, ours is %d",
+                    self._pool.members[action.peer], action.term, self._core.term,
+                )  # fmt: skip
+                if self._postgres is not None:
+                    self._postgres.stop()
+                self._control.defeated(action.term)
+                raise _Finished(ExitCode.DEFEATED)
+            if isinstance(action, CampaignFailed) and self._campaign_at is None:
+                pause = random.uniform(*_CAMPAIGN_PAUSE)
+                logger.info("campaign in term %d failed, trying again", self._core.term)
+                self._campaign_at = time.monotonic() + pause
+
+    def _elect(self, now: float) -> None:
+        """Drive the campaign on; report the election once a quorum is synced."""
+        core = self._core
+        if self._campaign_at is not None and now >= self._campaign_at:
+            self._campaign_at = None
+            if core.phase is Phase.CAMPAIGN:
+                self._pool.perform(core.campaign())
+        if core.phase is not Phase.ELECTED or self._told_elected:
+            return
+        if core.synced:
+            self._told_elected = True
+            logger.info(
+                "elected in term %d, WAL starts at %s", core.term, lsn_text(core.epoch_start_lsn)
+            )
+            self._control.elected(core.term, core.epoch_start_lsn, core.bootstrap)
+            return
+        progress = core.term, [(p.state, p.next_lsn, p.flush_lsn) for p in core.peers]
+        if progress != self._progress:
+            self._progress, self._progress_at = progress, now
+        elif now - self._progress_at > _RECOVERY_STUCK:
+            logger.warning("recovery is stuck without its donor, starting another campaign")
+            self._progress_at = now
+            self._pool.perform(core.campaign())
+
+    # ---- commands
+
+    def _on_control(self, mask: int) -> None:
+        del mask
+        try:
+            commands = self._control.receive()
+        except ControlError:
+            if self._drain_deadline is None:
+                raise
+            self._loop.remove(self._control.fileno())
+            return
+        for command in commands:
+            name = command.get("cmd")
+            if name == "start":
+                self._start(command)
+            elif name == "limits":
+                self._write_lag = int(command.get("max_write_lag", 0))
+                self._flush_lag = int(command.get("max_flush_lag", 0))
+            else:
+                raise ControlError(f"unknown command {command!r}")
+
+    def _start(self, command: dict[str, Any]) -> None:
+        if not self._told_elected or self._postgres is not None:
+            raise ControlError("start comes once, after the election")
+        try:
+            address = PostgresAddress(command["host"], int(command["port"]), command["user"])
+            start_lsn = Lsn.parse(command["start_lsn"])
+        except (KeyError, TypeError, ValueError, LsnParseError) as e:
+            raise ControlError(f"malformed command {command!r}: {e}") from e
+        self._pool.perform(self._core.start(start_lsn))
+        self._postgres = PostgresStream(self._loop, address, self._core.epoch_start_lsn, self)
+
+    # ---- Postgres
+
+    def on_identified(self, system_id: int, pg_version: int) -> None:
+        """Postgres has been reached."""
+        self._pool.perform(self._core.identify(system_id, pg_version))
+
+    def on_streaming(self) -> None:
+        """The stream has begun, or begun again."""
+        self._report(force=True)
+        self._control.streaming()
+
+    def on_wal(self, begin_lsn: int, end_lsn: int, pieces: Sequence[memoryview]) -> None:
+        """WAL has arrived."""
+        self._pool.broadcast(begin_lsn, end_lsn, pieces)
+
+    def on_postgres_gone(self, clean: bool) -> None:
+        """Postgres has ended: push what it sent, then end, too."""
+        if self._drain_deadline is None:
+            logger.info("Postgres is gone (%s)", "clean" if clean else "not clean")
+            self._drain_deadline = time.monotonic() + self._config.drain_timeout
+            self._drain_clean = clean
+
+    def on_postgres_failed(self, reason: str) -> None:
+        """Postgres refuses to stream."""
+        raise ProposerError(f"cannot stream WAL from Postgres: {reason}")
+
+    def _report(self, *, force: bool = False) -> None:
+        """Report the commit LSN to Postgres, which lets the commits up to it return."""
+        if self._postgres is None:
+            return
+        lsn = self._acknowledged_lsn()
+        asked = force or self._postgres.reply_requested
+        if (lsn > self._reported_lsn or asked) and self._postgres.report(
+            max(lsn, self._reported_lsn)
+        ):
+            self._reported_lsn = max(lsn, self._reported_lsn)
+
+    def _acknowledged_lsn(self) -> int:
+        """The commit LSN, held back while the pageserver is too far behind it."""
+        lsn = self._core.commit_lsn
+        if not (self._write_lag or self._flush_lag):
+            return lsn
+        feedback = self._core.feedback
+        if feedback == NO_FEEDBACK:
+            return lsn
+        if self._write_lag:
+            lsn = min(lsn, feedback.ps_writelsn + self._write_lag)
+        if self._flush_lag:
+            lsn = min(lsn, feedback.ps_flushlsn + self._flush_lag)
+        return lsn
+
+    # ---- the end
+
+    def _drain(self, now: float, deadline: float) -> None:
+        """After the end of Postgres: have its WAL committed, say goodbye, finish."""
+        core, pool = self._core, self._pool
+        if self._goodbye_deadline is not None:
+            if pool.all_gone() or now >= self._goodbye_deadline:
+                self._control.finished(core.commit_lsn, self._drain_clean)
+                raise _Finished(ExitCode.FINISHED)
+            return
+        end = self._end_lsn()
+        drained = core.commit_lsn >= end
+        if not drained and pool.have_all(end) >= core.quorum:
+            # The end may be in the middle of a record, which is never committed: wait until
+            # nothing moves any more.
+            progress = core.commit_lsn, [peer.flush_lsn for peer in core.peers]
+            if progress != self._progress:
+                self._progress, self._progress_at = progress, now
+            drained = now - self._progress_at >= _DRAIN_QUIET
+        if drained or now >= deadline:
+            if not drained:
+                logger.warning("gave up pushing the last WAL: no quorum of safekeepers")
+            self._goodbye_deadline = now + _GOODBYE
+            pool.say_goodbye()
