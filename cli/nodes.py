@@ -1,0 +1,164 @@
+"""`zenith pg …`: the compute nodes."""
+
+from __future__ import annotations
+
+import click
+
+from control_plane.compute import ComputeControlPlane
+from control_plane.errors import ControlPlaneError
+from control_plane.local_env import DEFAULT_BRANCH, LocalEnv
+from control_plane.pageserver_http import PageserverHttp
+from zenith_utils.ids import TenantId, TimelineId
+
+from .context import (
+    TIMELINE_ID,
+    CliContext,
+    parse_lsn,
+    pass_context,
+    render_error,
+    say,
+    tenant_option,
+)
+from .progress import progress
+
+_PORT = click.IntRange(1, 65535)
+_LSN_HELP = "Open the branch read-only, exactly as it was at this LSN."
+
+
+@click.group()
+def pg() -> None:
+    """Create, start, stop and list Postgres nodes."""
+
+
+@pg.command("create")
+@click.argument("node", required=False)
+@tenant_option
+@click.option("--branch-name", default=DEFAULT_BRANCH, show_default=True)
+@click.option("--lsn", help=_LSN_HELP)
+@click.option("--port", type=_PORT, help="Port; default: the next free one from 55432.")
+@click.option("--config-only", is_flag=True, hidden=True)
+@pass_context
+def pg_create(
+    ctx: CliContext,
+    node: str | None,
+    tenant_id: TenantId | None,
+    branch_name: str,
+    lsn: str | None,
+    port: int | None,
+    config_only: bool,
+) -> None:
+    """Create a node for a branch; start it with `zenith pg start`.
+
+    NODE is its name, default: the branch's with `_node`. Settings of Postgres go into its
+    postgresql.conf, below pgdatadirs in the environment, before the start.
+
+    \b
+    zenith pg create main
+    zenith pg create test --branch-name fix --port 6000
+    """
+    tenant_id = ctx.tenant(tenant_id)
+    timeline_id = ctx.env.branch_timeline(branch_name, tenant_id)
+    ComputeControlPlane(ctx.env).create(
+        tenant_id,
+        node or f"{branch_name}_node",
+        timeline_id,
+        parse_lsn(lsn, "Failed to parse Lsn from the request"),
+        port,
+    )
+
+
+@pg.command("start")
+@click.argument("node", required=False)
+@tenant_option
+@click.option("--branch-name", help="Branch of a new node; default: main.")
+@click.option("--timeline-id", type=TIMELINE_ID, hidden=True)
+@click.option("--lsn", help=_LSN_HELP)
+@click.option("--port", type=_PORT, help="Port of a new node; default: the next free one.")
+@pass_context
+def pg_start(
+    ctx: CliContext,
+    node: str | None,
+    tenant_id: TenantId | None,
+    branch_name: str | None,
+    timeline_id: TimelineId | None,
+    lsn: str | None,
+    port: int | None,
+) -> None:
+    """Start a node; one that does not exist is created first.
+
+    The options are those of a new node: an existing one starts as it was created.
+
+    \b
+    zenith pg start main
+    zenith pg start test --branch-name fix
+    zenith pg start yesterday --branch-name main --lsn 0/2000028
+    """
+    tenant_id = ctx.tenant(tenant_id)
+    if node is None:
+        raise ControlPlaneError("No node name was provided to start")
+    plane = ComputeControlPlane(ctx.env)
+    compute = plane.get(tenant_id, node)
+    if compute is not None:
+        say(f"Starting existing postgres {node}...")
+    else:
+        branch_timeline = ctx.env.branch_timeline(branch_name or DEFAULT_BRANCH, tenant_id)
+        at_lsn = parse_lsn(lsn, "Failed to parse Lsn from the request")
+        say(f"Starting new postgres {node} on timeline {branch_timeline} ...")
+        compute = plane.create(tenant_id, node, branch_timeline, at_lsn, port)
+    with progress(f"starting postgres {node}"):
+        compute.start(say)
+
+
+@pg.command("stop")
+@click.argument("node", required=False)
+@tenant_option
+@click.option("--destroy", is_flag=True, help="Stop at once and delete the node.")
+@pass_context
+def pg_stop(ctx: CliContext, node: str | None, tenant_id: TenantId | None, destroy: bool) -> None:
+    """Stop a node. Its data is in storage: no data is lost with a destroyed node.
+
+    \b
+    zenith pg stop main
+    zenith pg stop test --destroy
+    """
+    tenant_id = ctx.tenant(tenant_id)
+    if node is None:
+        raise ControlPlaneError("No node name was provided to stop")
+    compute = ComputeControlPlane(ctx.env).get(tenant_id, node)
+    if compute is None:
+        raise ControlPlaneError(f"postgres {node} is not found")
+    with progress(f"stopping postgres {node}"):
+        compute.stop(say, destroy=destroy)
+
+
+@pg.command("list")
+@tenant_option
+@pass_context
+def pg_list(ctx: CliContext, tenant_id: TenantId | None) -> None:
+    """List the nodes of a tenant.
+
+    \b
+    running   takes connections      starting, stopping   on its way
+    stopped   start it again         crashed              start it again: no commit is lost
+    """
+    tenant_id = ctx.tenant(tenant_id)
+    lsns = _last_record_lsns(ctx.env, tenant_id)
+    say("NODE\tADDRESS\tTIMELINE\tBRANCH NAME\tLSN\t\tSTATUS")
+    for node in ComputeControlPlane(ctx.env).nodes(tenant_id, _report):
+        branch = ctx.env.branch_name(tenant_id, node.timeline_id) or "?"
+        lsn = lsns.get(str(node.timeline_id), "?")
+        address = f"127.0.0.1:{node.port}"
+        say(f"{node.name}\t{address}\t{node.timeline_id}\t{branch}\t{lsn}\t\t{node.status()}")
+
+
+def _report(error: ControlPlaneError) -> None:
+    click.echo(render_error(error), err=True)
+
+
+def _last_record_lsns(env: LocalEnv, tenant_id: TenantId) -> dict[str, str]:
+    try:
+        infos = PageserverHttp(env).timeline_list(tenant_id)
+    except ControlPlaneError as e:
+        click.echo(f"Failed to load timeline info: {e}", err=True)
+        return {}
+    return {i["timeline_id"]: i["local"]["last_record_lsn"] for i in infos if i.get("local")}

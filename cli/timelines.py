@@ -1,0 +1,163 @@
+"""`zenith tenant …` and `zenith timeline …`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import click
+
+from control_plane.errors import ControlPlaneError
+from control_plane.local_env import DEFAULT_BRANCH, LocalEnv
+from control_plane.pageserver_http import PageserverHttp
+from zenith_utils.ids import TenantId, TimelineId
+
+from .context import TENANT_ID, TIMELINE_ID, CliContext, parse_lsn, pass_context, say, tenant_option
+
+
+@click.group()
+def tenant() -> None:
+    """Create and list tenants."""
+
+
+@tenant.command("list")
+@pass_context
+def tenant_list(ctx: CliContext) -> None:
+    """List the tenants of the pageserver, with their states."""
+    for info in PageserverHttp(ctx.env).tenant_list():
+        say(f"{info['id']} {info['state']}")
+
+
+@tenant.command("create")
+@click.option("--tenant-id", type=TENANT_ID, help="Id of the new tenant; default: random.")
+@click.option("--timeline-id", type=TIMELINE_ID, hidden=True)
+@pass_context
+def tenant_create(
+    ctx: CliContext, tenant_id: TenantId | None, timeline_id: TimelineId | None
+) -> None:
+    """Create a tenant; give it a first branch with `zenith timeline create`.
+
+    \b
+    zenith tenant create --tenant-id 9ef87a5bf0d92544f6fafeeb3239695c
+    zenith timeline create --tenant-id 9ef87a5bf0d92544f6fafeeb3239695c --branch-name main
+    """
+    created = PageserverHttp(ctx.env).tenant_create(tenant_id or TenantId.generate())
+    say(f"tenant {created} successfully created on the pageserver")
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+def timeline(ctx: click.Context) -> None:
+    """Create, branch and list timelines."""
+    if ctx.invoked_subcommand is None:
+        raise ControlPlaneError("no tenant subcommand provided")
+
+
+@timeline.command("create")
+@tenant_option
+@click.option("--branch-name", help="Name of the new branch.")
+@pass_context
+def timeline_create(ctx: CliContext, tenant_id: TenantId | None, branch_name: str | None) -> None:
+    """Create a timeline of its own: a new, empty database cluster.
+
+    \b
+    zenith timeline create --branch-name empty
+    """
+    tenant_id = ctx.tenant(tenant_id)
+    name = _required(branch_name)
+    ctx.env.check_branch_is_free(name, tenant_id)
+    info = PageserverHttp(ctx.env).timeline_create(tenant_id)
+    ctx.env.add_branch(name, tenant_id, TimelineId.parse(info["timeline_id"]))
+    say(_created(info, tenant_id))
+
+
+@timeline.command("branch")
+@tenant_option
+@click.option("--branch-name", help="Name of the new branch.")
+@click.option("--ancestor-branch-name", default=DEFAULT_BRANCH, show_default=True)
+@click.option("--ancestor-start-lsn", metavar="LSN", help="Where to branch; default: the newest.")
+@pass_context
+def timeline_branch(
+    ctx: CliContext,
+    tenant_id: TenantId | None,
+    branch_name: str | None,
+    ancestor_branch_name: str,
+    ancestor_start_lsn: str | None,
+) -> None:
+    """Branch a timeline at its newest state or at a past LSN. Copies nothing.
+
+    \b
+    zenith timeline branch --branch-name fix
+    zenith timeline branch --branch-name before --ancestor-start-lsn 0/2000028
+    zenith pg start fix --branch-name fix
+    """
+    tenant_id = ctx.tenant(tenant_id)
+    name = _required(branch_name)
+    ctx.env.check_branch_is_free(name, tenant_id)
+    ancestor = ctx.env.branch_timeline(ancestor_branch_name, tenant_id)
+    lsn = parse_lsn(ancestor_start_lsn, "Failed to parse ancestor start Lsn from the request")
+    info = PageserverHttp(ctx.env).timeline_create(
+        tenant_id, ancestor_timeline_id=ancestor, ancestor_start_lsn=lsn
+    )
+    ctx.env.add_branch(name, tenant_id, TimelineId.parse(info["timeline_id"]))
+    say(f"{_created(info, tenant_id)}. Ancestor timeline: '{ancestor_branch_name}'")
+
+
+@timeline.command("list")
+@tenant_option
+@pass_context
+def timeline_list(ctx: CliContext, tenant_id: TenantId | None) -> None:
+    """Draw the tree of a tenant's timelines."""
+    tenant_id = ctx.tenant(tenant_id)
+    for line in draw_tree(ctx.env, tenant_id, PageserverHttp(ctx.env).timeline_list(tenant_id)):
+        say(line)
+
+
+def draw_tree(env: LocalEnv, tenant_id: TenantId, infos: list[dict[str, Any]]) -> list[str]:
+    """The tree of TimelineInfo objects: roots by name, children by timeline id."""
+    by_id = {info["timeline_id"]: info for info in infos}
+    children: dict[str, list[str]] = defaultdict(list)
+    roots = []
+    for timeline_id in sorted(by_id):
+        ancestor = (by_id[timeline_id]["local"] or {}).get("ancestor_timeline_id")
+        if ancestor is None:
+            roots.append(timeline_id)
+        elif ancestor in by_id:
+            children[ancestor].append(timeline_id)
+        else:
+            raise ControlPlaneError(f"missing ancestor {ancestor} of timeline {timeline_id}")
+
+    def label(timeline_id: str) -> str:
+        name = env.branch_name(tenant_id, TimelineId.parse(timeline_id)) or "_no_name_"
+        return f"{name} [{timeline_id}]"
+
+    lines: list[str] = []
+    # A timeline, and for each level from the root down to it: was it the last child there?
+    todo: list[tuple[str, tuple[bool, ...]]]
+    todo = [(root, ()) for root in sorted(roots, key=label, reverse=True)]
+    while todo:
+        timeline_id, levels = todo.pop()
+        info = by_id[timeline_id]
+        prefix = "(L+R) " if info["local"] and info["remote"] else "(L) "
+        if not levels:
+            lines.append(prefix + label(timeline_id))
+        else:
+            padding = "".join("   " if last else "┃  " for last in levels[:-1])
+            lsn = (info["local"] or {}).get("ancestor_lsn") or "Unknown Lsn"
+            branch = "┗━" if levels[-1] else "┣━"
+            lines.append(f"{prefix}{padding}{branch} @{lsn}: {label(timeline_id)}")
+        below = children[timeline_id]
+        for i in reversed(range(len(below))):
+            todo.append((below[i], (*levels, i == len(below) - 1)))
+    return lines
+
+
+def _created(info: dict[str, Any], tenant_id: TenantId) -> str:
+    lsn = info["local"]["last_record_lsn"]
+    return f"Created timeline '{info['timeline_id']}' at Lsn {lsn} for tenant: {tenant_id}"
+
+
+def _required(branch_name: str | None) -> str:
+    if branch_name is None:
+        raise ControlPlaneError("No branch name provided")
+    return branch_name

@@ -1,0 +1,393 @@
+"""The compute nodes of a local environment: their settings, start, stop and status."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from compute_tools import datadir, postgres_conf, state
+from compute_tools.postgres_process import PostgresError, end_leftovers
+from compute_tools.spec import ComputeSpec, SpecError, address_text
+from control_plane.addresses import parse_address
+from control_plane.environment import daemon_environment
+from control_plane.errors import ControlPlaneError
+from control_plane.local_env import LocalEnv
+from control_plane.processes import signal_holder
+from zenith_utils.durable import write_file_durably
+from zenith_utils.duration import parse_duration
+from zenith_utils.ids import IdParseError, TenantId, TimelineId
+from zenith_utils.lsn import Lsn
+from zenith_utils.os_user import give
+
+Say = Callable[[str], None]
+
+FIRST_PORT = 55432
+LAST_PORT = 65535
+SUPERUSER = "zenith_admin"
+STOP_TIMEOUT = 20.0
+# Beyond the time that Postgres has for a fast stop: the last WAL is pushed, what is left ended.
+_STOP_GRACE = 45.0
+_SAFEKEEPER_PORT = 5454
+_POLL = 0.01
+_NODE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
+_PLAIN_VALUE = re.compile(r"\d+(?:B|kB|MB|GB|TB|us|ms|s|min|h|d)?|[A-Za-z_]\w*", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """A node that has been created; `lsn` is set on a read-only one.
+
+    `safekeepers` are the addresses in its wal_acceptors setting.
+    """
+
+    env: LocalEnv
+    name: str
+    tenant_id: TenantId
+    timeline_id: TimelineId
+    port: int
+    lsn: Lsn | None
+    safekeepers: tuple[tuple[str, int], ...]
+    stop_timeout: float = STOP_TIMEOUT
+
+    @property
+    def pgdata(self) -> Path:
+        """The data directory."""
+        return self.env.pgdata_dirs(self.tenant_id) / self.name
+
+    @property
+    def state_dir(self) -> Path:
+        """The supervisor's directory."""
+        return self.env.compute_state_dir(self.tenant_id, self.name)
+
+    def status(self) -> str:
+        """One word for the list: running, starting, stopping, stopped, crashed."""
+        said = state.read(self.state_dir)
+        if said.phase is state.Phase.RUNNING and not _accepts(self.port):
+            return "crashed"
+        return str(said.phase)
+
+    def start(self, say: Say) -> None:
+        """Start the node on the newest state of its timeline; raises ControlPlaneError.
+
+        An interrupt from the keyboard stops the node again.
+        """
+        self._wait_for_earlier_end()
+        if state.read(self.state_dir).supervisor_pid is not None:
+            raise ControlPlaneError("The node is already running")
+        _make_directory(self.state_dir)
+        spec_path = self.state_dir / "spec.json"
+        write_file_durably(spec_path, self._spec().to_json().encode(), sync=False, mode=0o644)
+        read_fd, write_fd = os.pipe()
+        with os.fdopen(read_fd, "rb") as status, (self.state_dir / "compute.log").open("ab") as log:
+            try:
+                process = subprocess.Popen(
+                    [
+                        sys.executable,
+                        "-P",
+                        "-m",
+                        "compute_tools",
+                        f"--spec={spec_path}",
+                        f"--status-fd={write_fd}",
+                    ],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=(write_fd,),
+                    start_new_session=True,
+                    env={**daemon_environment(), "PATH": os.environ.get("PATH", os.defpath)},
+                    cwd=self.state_dir,
+                )
+            finally:
+                os.close(write_fd)
+            try:
+                self._follow_start(status, say)
+            except ControlPlaneError:
+                process.wait()
+                raise
+            except KeyboardInterrupt:
+                # It leads a session of its own: the terminal has not told it.
+                process.terminate()
+                process.wait()
+                raise
+
+    def stop(self, say: Say, *, destroy: bool) -> None:
+        """Stop the node: cleanly, or at once and for good with `destroy`."""
+        if not destroy and state.read(self.state_dir).supervisor_pid is None:
+            phase = state.read(self.state_dir).phase
+            raise ControlPlaneError(f"postgres {self.name} is not running ({phase})")
+        stop_supervisor(self.name, self.state_dir, say, immediate=destroy)
+        if destroy:
+            say(f"Destroying postgres data directory '{self.pgdata}'")
+            self._destroy()
+
+    def _destroy(self) -> None:
+        _make_directory(self.state_dir)
+        try:
+            lock = state.lock(self.state_dir)
+            try:
+                end_leftovers(self.pgdata)
+                datadir.destroy(self.pgdata, self.state_dir)
+            finally:
+                os.close(lock)
+        except state.AlreadyRunning as e:
+            raise ControlPlaneError(f"postgres {self.name} was started meanwhile") from e
+        except (OSError, PostgresError) as e:
+            raise ControlPlaneError(f"cannot destroy postgres {self.name}") from e
+
+    def _wait_for_earlier_end(self) -> None:
+        """The node has crashed or been stopped, and its supervisor is cleaning up after it."""
+        deadline = time.monotonic() + self.stop_timeout + _STOP_GRACE
+        while state.read(self.state_dir).ending and time.monotonic() < deadline:
+            time.sleep(_POLL)
+
+    def _follow_start(self, status: Iterator[bytes], say: Say) -> None:
+        for line in status:
+            message = json.loads(line)
+            if "progress" in message:
+                say(message["progress"])
+            if "failed" in message:
+                raise ControlPlaneError(message["failed"])
+            if "ready" in message:
+                return
+        raise ControlPlaneError(
+            f"postgres {self.name} ended while starting; see {self.state_dir}/compute.log"
+        )
+
+    def _spec(self) -> ComputeSpec:
+        return ComputeSpec(
+            tenant_id=self.tenant_id,
+            timeline_id=self.timeline_id,
+            pgdata=self.pgdata,
+            state_dir=self.state_dir,
+            distrib_dir=self.env.pg_distrib_dir,
+            pageserver_pg=parse_address(self.env.pageserver.listen_pg_addr),
+            pageserver_http=parse_address(self.env.pageserver.listen_http_addr),
+            port=self.port,
+            safekeepers=self.safekeepers,
+            lsn=self.lsn,
+            superuser=SUPERUSER,
+            stop_timeout=self.stop_timeout,
+        )
+
+
+def stop_supervisor(name: str, state_dir: Path, say: Say, *, immediate: bool) -> None:
+    """Stop the node of a state directory if it lives, and wait for its end.
+
+    Raises ControlPlaneError.
+    """
+
+    def supervisor() -> int | None:
+        return state.read(state_dir).supervisor_pid
+
+    pid = signal_holder(supervisor, signal.SIGQUIT if immediate else signal.SIGTERM)
+    if pid is None:
+        return
+    say("waiting for server to shut down....")
+    try:
+        timeout = ComputeSpec.load(state_dir / "spec.json").stop_timeout
+    except SpecError:
+        timeout = STOP_TIMEOUT
+    deadline = time.monotonic() + timeout + _STOP_GRACE
+    while supervisor() == pid:
+        if time.monotonic() > deadline:
+            raise ControlPlaneError(
+                f"postgres {name}, supervised by process {pid}, does not stop; "
+                f"see {state_dir}/compute.log"
+            )
+        time.sleep(_POLL)
+    reason = state.read(state_dir).reason
+    say("server stopped" + (f" ({reason})" if reason else ""))
+
+
+class ComputeControlPlane:
+    """All compute nodes of an environment."""
+
+    def __init__(self, env: LocalEnv) -> None:
+        self._env = env
+
+    def nodes(
+        self, tenant_id: TenantId, on_broken: Callable[[ControlPlaneError], None] | None = None
+    ) -> list[Compute]:
+        """The nodes of a tenant, by name.
+
+        A node whose settings cannot be read is told to `on_broken` and left out; without it,
+        ControlPlaneError is raised.
+        """
+        self._recover(tenant_id)
+        found = []
+        for path in sorted(self._env.pgdata_dirs(tenant_id).glob("*/postgresql.conf")):
+            try:
+                found.append(self._load(tenant_id, path.parent.name))
+            except ControlPlaneError as e:
+                if on_broken is None:
+                    raise
+                on_broken(e)
+        return found
+
+    def living(self) -> list[tuple[str, Path]]:
+        """Name and state directory of each node of any tenant that has a supervisor."""
+        directories = sorted((self._env.repo_dir / "computes").glob("*/*"))
+        return [(d.name, d) for d in directories if state.read(d).supervisor_pid is not None]
+
+    def get(self, tenant_id: TenantId, name: str) -> Compute | None:
+        """A node by name."""
+        if not _NODE_NAME.fullmatch(name):
+            raise ControlPlaneError(
+                f"invalid node name '{name}': use letters, digits, '_', '-' and '.'"
+            )
+        self._recover(tenant_id)
+        if not (self._env.pgdata_dirs(tenant_id) / name / "postgresql.conf").is_file():
+            return None
+        return self._load(tenant_id, name)
+
+    def create(
+        self,
+        tenant_id: TenantId,
+        name: str,
+        timeline_id: TimelineId,
+        lsn: Lsn | None,
+        port: int | None,
+    ) -> Compute:
+        """Create a node: a directory with its postgresql.conf. Raises ControlPlaneError.
+
+        Commands at once do not get the same port, nor the same name.
+        """
+        with self._env.locked():
+            if self.get(tenant_id, name) is not None:
+                raise ControlPlaneError(f"postgres {name} already exists")
+            compute = Compute(
+                env=self._env,
+                name=name,
+                tenant_id=tenant_id,
+                timeline_id=timeline_id,
+                port=self._free_port() if port is None else port,
+                lsn=lsn,
+                safekeepers=tuple(("localhost", s.pg_port) for s in self._env.safekeepers),
+            )
+            _make_directory(compute.pgdata.parent)
+            compute.pgdata.mkdir(mode=0o700, exist_ok=True)
+            text = postgresql_conf(compute).encode()
+            # A directory without it is no node: this is what creates one.
+            write_file_durably(compute.pgdata / "postgresql.conf", text, sync=False)
+            give(compute.pgdata, recursive=True)
+        return compute
+
+    def _free_port(self) -> int:
+        """One above the highest port of all nodes, or the next that nobody listens on."""
+        ports: list[int] = []
+        for directory in (self._env.repo_dir / "pgdatadirs" / "tenants").glob("*"):
+            try:
+                nodes = self.nodes(TenantId.parse(directory.name), lambda _: None)
+            except IdParseError:
+                continue
+            ports += [node.port for node in nodes]
+        highest = max(ports, default=FIRST_PORT - 1)
+        for port in range(highest + 1, LAST_PORT + 1):
+            if not _accepts(port):
+                return port
+        raise ControlPlaneError(f"no port above {highest} is free: choose one with --port")
+
+    def _recover(self, tenant_id: TenantId) -> None:
+        """Bring back directories that killed starts left between two renames."""
+        for old in (self._env.repo_dir / "computes" / str(tenant_id)).glob("*/pgdata.old"):
+            state_dir, pgdata = old.parent, self._env.pgdata_dirs(tenant_id) / old.parent.name
+            if not pgdata.exists() and state.read(state_dir).supervisor_pid is None:
+                datadir.recover_swap(pgdata, state_dir)
+
+    def _load(self, tenant_id: TenantId, name: str) -> Compute:
+        path = self._env.pgdata_dirs(tenant_id) / name / "postgresql.conf"
+        try:
+            text = path.read_text(encoding="utf-8", errors="surrogateescape")
+            settings = postgres_conf.parse(text.split("\n"))
+            lsn = settings.get("recovery_target_lsn")
+            return Compute(
+                env=self._env,
+                name=name,
+                tenant_id=TenantId.parse(settings["zenith.zenith_tenant"]),
+                timeline_id=TimelineId.parse(settings["zenith.zenith_timeline"]),
+                port=int(settings["port"]),
+                lsn=None if lsn is None else Lsn.parse(lsn),
+                safekeepers=_safekeepers(settings),
+                stop_timeout=parse_duration(settings.get("zenith.stop_timeout", "20s")),
+            )
+        except (OSError, KeyError, ValueError, ControlPlaneError) as e:
+            raise ControlPlaneError(f"cannot read the settings of node {name} in {path}") from e
+
+
+def postgresql_conf(compute: Compute) -> str:
+    """The postgresql.conf of a new node."""
+    pageserver = address_text(*parse_address(compute.env.pageserver.listen_pg_addr))
+    settings: dict[str, object] = {
+        "max_wal_senders": 10,
+        "wal_log_hints": "off",
+        "max_replication_slots": 10,
+        "hot_standby": "on",
+        "shared_buffers": "1MB",
+        "fsync": "off",
+        "max_connections": 100,
+        "wal_level": "replica",
+        "wal_sender_timeout": "5s",
+        "listen_addresses": "127.0.0.1",
+        "port": compute.port,
+        "wal_keep_size": "10TB",
+        "shared_preload_libraries": "zenith",
+        "zenith.page_server_connstring": f"postgresql://no_user:@{pageserver}",
+        "zenith.zenith_tenant": compute.tenant_id,
+        "zenith.zenith_timeline": compute.timeline_id,
+    }
+    if compute.lsn is not None:
+        settings["recovery_target_lsn"] = compute.lsn
+    settings["max_replication_write_lag"] = "500MB"
+    settings["max_replication_flush_lag"] = "10GB"
+    if compute.safekeepers:
+        settings["synchronous_standby_names"] = "walproposer"
+        settings["wal_acceptors"] = ",".join(address_text(*a) for a in compute.safekeepers)
+    else:
+        settings["synchronous_commit"] = "remote_write"
+        settings["synchronous_standby_names"] = "pageserver"
+        settings["zenith.callmemaybe_connstring"] = (
+            f"host=127.0.0.1 port={compute.port} user={SUPERUSER} dbname=postgres"
+        )
+    return "".join(f"{name}={_quoted(value)}\n" for name, value in settings.items())
+
+
+def _safekeepers(settings: dict[str, str]) -> tuple[tuple[str, int], ...]:
+    """The addresses of wal_acceptors; a node without the setting does without safekeepers."""
+    text = settings.get("wal_acceptors")
+    if text is None:
+        return ()
+    addresses = [part.strip() for part in text.split(",") if part.strip()]
+    if not addresses:
+        raise ControlPlaneError("wal_acceptors names no safekeeper")
+    return tuple(parse_address(address, _SAFEKEEPER_PORT) for address in addresses)
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    return text if _PLAIN_VALUE.fullmatch(text) else "'" + text.replace("'", "''") + "'"
+
+
+def _make_directory(path: Path) -> None:
+    """Make a directory and its parents, whatever the umask: Postgres' user has to get through."""
+    if path.is_dir():
+        return
+    _make_directory(path.parent)
+    path.mkdir(exist_ok=True)
+    path.chmod(0o755)
+
+
+def _accepts(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=0.3).close()
+    except OSError:
+        return False
+    return True
