@@ -1,0 +1,133 @@
+"""Branches and time travel: every state there ever was, each with a Postgres of its own."""
+
+from __future__ import annotations
+
+import psycopg2
+import pytest
+from fixtures.utils import lsn_from_hex, lsn_to_hex
+from fixtures.zenith_env import ZenithEnvBuilder
+
+FLUSH_LSN = "SELECT pg_current_wal_flush_lsn()::text"
+
+
+@pytest.mark.parametrize("num_safekeepers", [0, 1])
+def test_branches(zenith_env_builder: ZenithEnvBuilder, num_safekeepers: int) -> None:
+    """At the newest and at past LSNs, a branch of a branch of a branch; writers do not meet."""
+    zenith_env_builder.num_safekeepers = num_safekeepers
+    env = zenith_env_builder.init_start()
+    main = env.postgres.create_start("main")
+    main.safe_psql("CREATE TABLE t (i int, origin text)")
+    lsns = []
+    for step in range(5):
+        main.safe_psql(f"INSERT INTO t SELECT {step}, 'main' FROM generate_series(1, 1000)")
+        lsns.append(main.safe_psql(FLUSH_LSN)[0][0])
+    main.safe_psql("UPDATE t SET origin = 'changed'")
+
+    env.zenith_cli.create_branch("past", "main", ancestor_start_lsn=lsns[1])
+    env.zenith_cli.create_branch("newest", "main")
+    past, newest = env.postgres.create_start("past"), env.postgres.create_start("newest")
+    assert past.safe_psql("SELECT count(*), max(i), min(origin) FROM t") == [(2000, 1, "main")]
+    assert newest.safe_psql("SELECT count(*), max(i), min(origin) FROM t") == [(5000, 4, "changed")]
+
+    past.safe_psql("INSERT INTO t VALUES (100, 'past')")
+    newest.safe_psql("DELETE FROM t WHERE i < 3")
+    main.safe_psql("INSERT INTO t VALUES (200, 'main')")
+    assert past.safe_psql("SELECT count(*), max(i) FROM t") == [(2001, 100)]
+    assert newest.safe_psql("SELECT count(*), max(i) FROM t") == [(2000, 4)]
+    assert main.safe_psql("SELECT count(*), max(i) FROM t") == [(5001, 200)]
+
+    parent = "past"
+    for depth in range(3):
+        child = f"depth{depth}"
+        env.zenith_cli.create_branch(child, parent)
+        pg = env.postgres.create_start(child)
+        assert pg.safe_psql("SELECT count(*) FROM t") == [(2001 + depth,)]
+        pg.safe_psql(f"INSERT INTO t VALUES ({1000 + depth}, '{child}')")
+        pg.stop()
+        pg.start()
+        assert pg.safe_psql("SELECT count(*) FROM t") == [(2002 + depth,)]
+        parent = child
+    assert past.safe_psql("SELECT count(*), max(i) FROM t") == [(2001, 100)]
+    names = {name for name, _ in env.zenith_cli.list_timelines()}
+    assert names == {"main", "past", "newest", "depth0", "depth1", "depth2"}
+
+
+def test_branch_at_segment_boundary(zenith_env_builder: ZenithEnvBuilder) -> None:
+    """A branch at 0/3000000 and the like starts on a page header, not on a record."""
+    zenith_env_builder.num_safekeepers = 1
+    env = zenith_env_builder.init_start()
+    main = env.postgres.create_start("main")
+    main.safe_psql("CREATE TABLE t (i int)")
+    main.safe_psql("INSERT INTO t SELECT generate_series(1, 400000)")
+    end = lsn_from_hex(main.safe_psql(FLUSH_LSN)[0][0])
+    boundary = end - end % (16 << 20)
+    assert boundary > 16 << 20
+    for name, lsn in (("segment", boundary), ("page", boundary + 8192), ("inside", boundary + 96)):
+        env.zenith_cli.create_branch(name, "main", ancestor_start_lsn=lsn_to_hex(lsn))
+        pg = env.postgres.create_start(name)
+        # The transaction that crosses the boundary had not committed there.
+        assert pg.safe_psql("SELECT count(*) FROM t") == [(0,)]
+        pg.safe_psql("INSERT INTO t VALUES (1)")
+        pg.kill()
+        pg.start()
+        assert pg.safe_psql("SELECT count(*) FROM t") == [(1,)]
+        pg.stop()
+
+
+def test_read_only_nodes(zenith_env_builder: ZenithEnvBuilder) -> None:
+    """Nodes at an LSN see exactly that state, refuse writes, and several run at once."""
+    zenith_env_builder.num_safekeepers = 1
+    env = zenith_env_builder.init_start()
+    main = env.postgres.create_start("main")
+    main.safe_psql("CREATE TABLE t (i int)")
+    main.safe_psql("CREATE TABLE dropped AS SELECT generate_series(1, 20000) AS i")
+    lsns = []
+    for step in range(3):
+        main.safe_psql(f"INSERT INTO t SELECT {step} FROM generate_series(1, 500)")
+        lsns.append(main.safe_psql(FLUSH_LSN)[0][0])
+    main.safe_psql("TRUNCATE t; DROP TABLE dropped")
+    nodes = [
+        env.postgres.create_start("main", node_name=f"at{step}", lsn=lsn)
+        for step, lsn in enumerate(lsns)
+    ]
+    for step, node in enumerate(nodes):
+        assert node.safe_psql("SELECT count(*), max(i) FROM t") == [((step + 1) * 500, step)]
+        with pytest.raises(psycopg2.errors.ReadOnlySqlTransaction):
+            node.safe_psql("INSERT INTO t VALUES (1)")
+        with pytest.raises(psycopg2.Error, match="read-only"):
+            node.safe_psql("SELECT pg_promote()")
+    main.safe_psql("INSERT INTO t VALUES (7)")
+    for step, node in enumerate(nodes):
+        assert node.safe_psql("SELECT count(*) FROM t") == [((step + 1) * 500,)]
+        # Blocks that this node has never read, of a table that is long gone on the branch.
+        assert node.safe_psql("SELECT count(*), sum(i) FROM dropped") == [(20000, 200010000)]
+    assert main.safe_psql("SELECT count(*) FROM t") == [(1,)]
+
+
+def test_bad_lsns(zenith_env_builder: ZenithEnvBuilder) -> None:
+    """What cannot be branched is refused with the reason, and nothing is left behind."""
+    zenith_env_builder.num_safekeepers = 1
+    zenith_env_builder.pageserver_config_override = "wait_lsn_timeout='1 s'"
+    env = zenith_env_builder.init_start()
+    main = env.postgres.create_start("main")
+    main.safe_psql("CREATE TABLE t (i int)")
+    lsn = main.safe_psql(FLUSH_LSN)[0][0]
+    env.zenith_cli.create_branch("child", "main", ancestor_start_lsn=lsn)
+
+    def branch(ancestor: str, at: str) -> None:
+        env.zenith_cli.create_branch("refused", ancestor, ancestor_start_lsn=at)
+
+    with pytest.raises(Exception, match="Failed to parse ancestor start Lsn"):
+        branch("main", "0x16B")
+    with pytest.raises(Exception, match="invalid branch start lsn"):
+        branch("main", "0/28")
+    with pytest.raises(Exception, match="less than timeline ancestor lsn"):
+        branch("child", "0/28")
+    with pytest.raises(Exception, match="Timed out while waiting for WAL record at LSN F/0"):
+        branch("main", "F/0")
+    with pytest.raises(Exception, match="Found no timeline id for branch name 'nowhere'"):
+        branch("nowhere", lsn)
+    with pytest.raises(Exception, match="already mapped to timeline"):
+        env.zenith_cli.create_branch("child", "main")
+    assert {name for name, _ in env.zenith_cli.list_timelines()} == {"main", "child"}
+    assert main.safe_psql("SELECT count(*) FROM t") == [(0,)]

@@ -1,0 +1,282 @@
+"""What stock Postgres would lose or let through on a disposable compute, and Zenith must not."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+import pytest
+from fixtures.postgres import Postgres
+from fixtures.utils import wait_until
+from fixtures.zenith_env import Safekeeper, ZenithEnv, ZenithEnvBuilder
+
+
+def lose_quorum(env: ZenithEnv) -> list[Safekeeper]:
+    """Kill two of three safekeepers."""
+    lost = env.safekeepers[1:]
+    for safekeeper in lost:
+        safekeeper.kill()
+    return lost
+
+
+class BackgroundStatement:
+    """A statement running in a thread, and how it ended."""
+
+    def __init__(self, pg: Postgres, statement: str) -> None:
+        self.connection: Any = pg.connect()
+        self.pid = self.connection.info.backend_pid
+        self.outcome: str | None = None
+        self._statement = statement
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            with self.connection.cursor() as cur:
+                cur.execute(self._statement)
+            self.outcome = "acknowledged"
+        except psycopg2.Error as e:
+            self.outcome = f"failed: {e}"
+
+    def wait(self) -> str:
+        """The outcome, once there is one."""
+        self._thread.join(60)
+        assert self.outcome is not None, "the statement has not ended"
+        self.connection.close()
+        return self.outcome
+
+
+def waits_for_quorum(pg: Postgres, pid: int) -> bool:
+    """Whether a backend waits in its commit."""
+    rows = pg.safe_psql(f"SELECT wait_event FROM pg_stat_activity WHERE pid = {pid}")
+    return rows == [("SyncRep",)]
+
+
+def test_cancelled_commit(zenith_env_builder: ZenithEnvBuilder) -> None:
+    """Stock Postgres answers a cancelled wait with a warning and success; here it goes on waiting.
+
+    The row must be acknowledged only once it is durable, and then survive a crash.
+    """
+    zenith_env_builder.num_safekeepers = 3
+    env = zenith_env_builder.init_start()
+    pg = env.postgres.create_start("main")
+    pg.safe_psql("CREATE TABLE t (i int)")
+    lost = lose_quorum(env)
+    statement = BackgroundStatement(pg, "INSERT INTO t VALUES (1)")
+    with contextlib.closing(pg.connect()) as other, other.cursor() as cur:
+        wait_until(lambda: waits_for_quorum(pg, statement.pid), what="the commit to wait")
+        for _ in range(3):
+            cur.execute("SELECT pg_cancel_backend(%s)", (statement.pid,))
+            wait_until(lambda: waits_for_quorum(pg, statement.pid), what="the commit to wait on")
+            assert statement.outcome is None
+    for safekeeper in lost:
+        safekeeper.start()
+    assert statement.wait() == "acknowledged"
+    pg.kill()
+    pg.start()
+    assert pg.safe_psql("SELECT i FROM t") == [(1,)]
+
+
+def test_terminated_commit(zenith_env_builder: ZenithEnvBuilder) -> None:
+    """A backend terminated while its commit waits tells its client nothing of success."""
+    zenith_env_builder.num_safekeepers = 3
+    env = zenith_env_builder.init_start()
+    pg = env.postgres.create_start("main")
+    pg.safe_psql("CREATE TABLE t (i int)")
+    lose_quorum(env)
+    statement = BackgroundStatement(pg, "INSERT INTO t VALUES (1)")
+    wait_until(lambda: waits_for_quorum(pg, statement.pid), what="the commit to wait")
+    pg.safe_psql(f"SELECT pg_terminate_backend({statement.pid})")
+    assert statement.wait().startswith("failed")
+
+
+def test_statement_timeout_of_commit(zenith_env_builder: ZenithEnvBuilder) -> None:
+    """A statement timeout that strikes in the commit's wait acknowledges nothing either."""
+    zenith_env_builder.num_safekeepers = 3
+    env = zenith_env_builder.init_start()
+    pg = env.postgres.create_start("main")
+    pg.safe_psql("CREATE TABLE t (i int)")
+    lost = lose_quorum(env)
+    statement = BackgroundStatement(pg, "SET statement_timeout = '300ms'; INSERT INTO t VALUES (1)")
+    wait_until(
+        lambda: (
+            pg.safe_psql(
+                "SELECT now() - query_start > '1 s' FROM pg_stat_activity "
+                f"WHERE pid = {statement.pid}"
+            )
+            == [(True,)]
+        ),
+        what="the timeout to have passed",
+    )
+    assert statement.outcome is None
+    for safekeeper in lost:
+        safekeeper.start()
+    assert statement.wait() == "acknowledged"
+    pg.kill()
+    pg.start()
+    assert pg.safe_psql("SELECT i FROM t") == [(1,)]
+
+
+def test_stop_without_quorum(zenith_env_builder: ZenithEnvBuilder) -> None:
+    """A fast shutdown would wait for the walsender for ever: the stop ends by its deadline."""
+    zenith_env_builder.num_safekeepers = 3
+    env = zenith_env_builder.init_start()
+    pg = env.postgres.create_start("main", config_lines=["zenith.stop_timeout=2s"])
+    pg.safe_psql("CREATE TABLE t AS SELECT 1 AS i")
+    lost = lose_quorum(env)
+    statement = BackgroundStatement(pg, "INSERT INTO t VALUES (2)")
+    wait_until(lambda: waits_for_quorum(pg, statement.pid), what="the commit to wait")
+    pg.stop()
+    assert pg.status() == "stopped"
+    assert statement.wait().startswith("failed")
+    for safekeeper in lost:
+        safekeeper.start()
+    pg.start()
+    assert pg.safe_psql("SELECT count(*) FROM t WHERE i = 1") == [(1,)]
+
+
+def test_free_space_survives(zenith_env_builder: ZenithEnvBuilder) -> None:
+    """The free space map is not WAL-logged by Postgres: a half-empty table must not grow."""
+    zenith_env_builder.num_safekeepers = 1
+    env = zenith_env_builder.init_start()
+    pg = env.postgres.create_start("main", config_lines=["autovacuum=off"])
+    pg.safe_psql("CREATE TABLE t (i int, filler text)")
+    pg.safe_psql("INSERT INTO t SELECT i, repeat('x', 500) FROM generate_series(1, 20000) i")
+    pg.safe_psql("DELETE FROM t WHERE i % 2 = 0")
+    pg.safe_psql("VACUUM t")
+    sizes = [pg.safe_psql("SELECT pg_relation_size('t')")[0][0]]
+    newest = 20000
+    for generation in range(5):
+        if generation % 2:
+            # Before a crash a checkpoint is what carries the map.
+            pg.safe_psql("CHECKPOINT")
+            pg.kill()
+        else:
+            pg.stop()
+        pg.start()
+        # As many new rows as old ones go: all of them find room in the half-empty table.
+        pg.safe_psql(
+            "INSERT INTO t SELECT i, repeat('x', 500) "
+            f"FROM generate_series({newest + 1}, {newest + 2000}) i"
+        )
+        newest += 2000
+        sizes.append(pg.safe_psql("SELECT pg_relation_size('t')")[0][0])
+        pg.safe_psql("DELETE FROM t WHERE i IN (SELECT i FROM t ORDER BY i LIMIT 2000)")
+        pg.safe_psql("VACUUM t")
+    assert max(sizes) <= sizes[0] * 1.02, sizes
+
+
+def test_local_files_survive(zenith_env_builder: ZenithEnvBuilder) -> None:
+    """Statistics, ALTER SYSTEM, pg_hba.conf and the user's own files outlive the directory."""
+    zenith_env_builder.num_safekeepers = 1
+    env = zenith_env_builder.init_start()
+    pg = env.postgres.create_start("main")
+    pg.safe_psql("CREATE TABLE t AS SELECT generate_series(1, 1000) AS i")
+    pg.safe_psql("SELECT count(*) FROM t")
+    pg.safe_psql("ALTER SYSTEM SET work_mem = '12345kB'")
+    pgdata = Path(pg.pg_data_dir_path())
+    with (pgdata / "pg_hba.conf").open("a") as hba:
+        hba.write("# a line of my own\n")
+    (pgdata / "server.crt").write_text("certificate")
+    (pgdata / "conf.d").mkdir()
+    (pgdata / "conf.d" / "mine.conf").write_text("# mine\n")
+    inserted = wait_until(
+        lambda: pg.safe_psql("SELECT n_tup_ins FROM pg_stat_user_tables WHERE n_tup_ins > 0"),
+        what="the statistics to be counted",
+    )
+    pg.stop()
+    pg.start()
+    assert pg.safe_psql("SELECT n_tup_ins FROM pg_stat_user_tables") == inserted
+    for kill in (False, True):
+        if kill:
+            pg.kill()
+            pg.start()
+        assert pg.safe_psql("SHOW work_mem") == [("12345kB",)]
+        assert "# a line of my own" in (pgdata / "pg_hba.conf").read_text()
+        assert (pgdata / "server.crt").read_text() == "certificate"
+        assert (pgdata / "conf.d" / "mine.conf").exists()
+
+
+def test_wal_waits_for_proposer(zenith_env_builder: ZenithEnvBuilder) -> None:
+    """WAL that the walproposer has not read yet is not removed by checkpoints."""
+    zenith_env_builder.num_safekeepers = 1
+    env = zenith_env_builder.init_start()
+    pg = env.postgres.create_start(
+        "main", config_lines=["wal_keep_size=0", "max_wal_size=32MB", "wal_sender_timeout=0"]
+    )
+    pg.safe_psql("CREATE TABLE t (i int, filler text)")
+    safekeeper = int((env.safekeepers[0].data_dir / "safekeeper.pid").read_text())
+    os.kill(safekeeper, signal.SIGSTOP)
+    try:
+        with contextlib.closing(pg.connect()) as conn, conn.cursor() as cur:
+            cur.execute("SET synchronous_commit = off")
+            for _ in range(6):
+                cur.execute(
+                    "INSERT INTO t SELECT i, repeat('x', 1000) FROM generate_series(1, 16000) i"
+                )
+                cur.execute("CHECKPOINT")
+    finally:
+        os.kill(safekeeper, signal.SIGCONT)
+    pg.safe_psql("INSERT INTO t VALUES (0, 'acknowledged')")
+    pg.kill()
+    pg.start()
+    assert pg.safe_psql("SELECT count(*) FROM t") == [(96001,)]
+
+
+def test_limits_never_too_low(zenith_env_builder: ZenithEnvBuilder) -> None:
+    """Settings below what the WAL was written with are raised instead of failing the start."""
+    zenith_env_builder.num_safekeepers = 1
+    env = zenith_env_builder.init_start()
+    pg = env.postgres.create_start("main", config_lines=["max_prepared_transactions=5"])
+    pg.safe_psql("CREATE TABLE t (i int)")
+    with contextlib.closing(pg.connect()) as conn, conn.cursor() as cur:
+        cur.execute("BEGIN; INSERT INTO t VALUES (1); PREPARE TRANSACTION 'p'")
+    lsn = pg.safe_psql("SELECT pg_current_wal_flush_lsn()::text")[0][0]
+    pg.stop()
+    pg.config(["max_prepared_transactions=0"])
+    pg.start()
+    assert pg.safe_psql("SELECT gid FROM pg_prepared_xacts") == [("p",)]
+    past = env.postgres.create_start(
+        "main", node_name="past", lsn=lsn, config_lines=["max_connections=20", "max_wal_senders=0"]
+    )
+    assert past.safe_psql("SELECT count(*) FROM t") == [(0,)]
+
+
+def test_promoted_node_is_stopped(zenith_env_builder: ZenithEnvBuilder) -> None:
+    """A read-only node promoted behind Postgres' back would diverge: it is stopped."""
+    zenith_env_builder.num_safekeepers = 1
+    env = zenith_env_builder.init_start()
+    main = env.postgres.create_start("main")
+    main.safe_psql("CREATE TABLE t AS SELECT 1 AS i")
+    lsn = main.safe_psql("SELECT pg_current_wal_flush_lsn()::text")[0][0]
+    past = env.postgres.create_start("main", node_name="past", lsn=lsn)
+    pgdata = Path(past.pg_data_dir_path())
+    (pgdata / "promote").touch()
+    postmaster = int((pgdata / "postmaster.pid").read_text().splitlines()[0])
+    os.kill(postmaster, signal.SIGUSR1)
+    past.wait_crashed()
+
+
+@pytest.mark.parametrize("num_safekeepers", [1])
+def test_durability_cannot_be_switched_off(
+    zenith_env_builder: ZenithEnvBuilder, num_safekeepers: int
+) -> None:
+    """What acknowledged commits rest on cannot be changed by ALTER SYSTEM or the file."""
+    zenith_env_builder.num_safekeepers = num_safekeepers
+    env = zenith_env_builder.init_start()
+    pg = env.postgres.create_start("main", config_lines=["synchronous_standby_names = ''"])
+    with pytest.raises(psycopg2.Error, match="cannot be changed"):
+        pg.safe_psql("ALTER SYSTEM SET synchronous_standby_names = ''")
+    pg.config(["synchronous_standby_names = 'somebody'"])
+    pg.safe_psql("SELECT pg_reload_conf()")
+    assert pg.safe_psql("SHOW synchronous_standby_names") == [("walproposer",)]
+    env.safekeepers[0].kill()
+    statement = BackgroundStatement(pg, "CREATE TABLE t (i int)")
+    wait_until(lambda: waits_for_quorum(pg, statement.pid), what="the commit to wait")
+    env.safekeepers[0].start()
+    assert statement.wait() == "acknowledged"

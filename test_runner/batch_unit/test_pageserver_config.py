@@ -1,0 +1,126 @@
+"""Configuration of the pageserver: defaults, overrides, error texts."""
+
+from pathlib import Path
+
+import pytest
+
+from pageserver import config
+from pageserver.config import ConfigError
+
+WORKDIR = Path("/somewhere")
+
+
+def parse(text: str = "", **keys: object) -> config.PageServerConf:
+    document = {"id": 7, **config.parse_override(text), **keys}
+    return config.parse_config(document, WORKDIR)
+
+
+def chain(error: BaseException | None) -> str:
+    texts = []
+    while error is not None:
+        texts.append(str(error))
+        error = error.__cause__
+    return " <- ".join(texts)
+
+
+def test_defaults() -> None:
+    conf = parse()
+    assert conf.id == 7
+    assert conf.listen_pg_addr == "127.0.0.1:64000"
+    assert conf.listen_http_addr == "127.0.0.1:9898"
+    assert conf.checkpoint_distance == 256 * 1024 * 1024
+    assert conf.gc_horizon == 64 * 1024 * 1024
+    assert (conf.compaction_period, conf.gc_period) == (1.0, 100.0)
+    assert (conf.wait_lsn_timeout, conf.wal_redo_timeout) == (60.0, 60.0)
+    assert conf.checkpoint_timeout == 600.0
+    assert parse("checkpoint_timeout = '0 s'").checkpoint_timeout == 0.0
+    assert conf.initial_superuser_name == "zenith_admin"
+    assert (conf.page_cache_size, conf.max_file_descriptors) == (8192, 100)
+    assert conf.tenants_path == WORKDIR / "tenants"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("checkpoint_period = '1 s'", "unrecognized pageserver option 'checkpoint_period'"),
+        ("gc_horizon = 'x'", "configure option gc_horizon is not an integer"),
+        ("gc_horizon = true", "configure option gc_horizon is not an integer"),
+        ("gc_horizon = -1", "configure option gc_horizon cannot be negative"),
+        ("checkpoint_distance = 0", "configure option checkpoint_distance must be at least 1"),
+        ("listen_pg_addr = 5", "configure option listen_pg_addr is not a string"),
+        ("listen_pg_addr = 'nowhere'", "invalid address 'nowhere'"),
+        ("gc_period = 'soon'", "invalid duration"),
+        ("auth_type = 'trust'", "invalid auth_type 'trust'"),
+        ("remote_storage = 'x'", "configure option remote_storage is not a table"),
+        ("remote_storage = {}", "no 'local_path' nor 'bucket_name' option"),
+        (
+            "remote_storage = {local_path='a', bucket_name='b'}",
+            "local_path and bucket_name are mutually exclusive",
+        ),
+        ("remote_storage = {bucket_name='b'}", "'bucket_region' option is mandatory"),
+        ("remote_storage = {bucket_region='b'}", "'bucket_name' option is mandatory"),
+        (
+            "remote_storage = {local_path='a', what=1}",
+            "unrecognized pageserver option 'remote_storage.what'",
+        ),
+    ],
+)
+def test_errors_name_the_option(text: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(text)
+    assert str(caught.value) == "Failed to parse pageserver configuration"
+    assert expected in chain(caught.value)
+
+
+def test_id_is_mandatory_and_fixed_at_init() -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.parse_config({}, WORKDIR)
+    assert "missing id" in chain(caught.value)
+    with pytest.raises(ConfigError, match="node id can only be set during pageserver init"):
+        config.merge_overrides({"id": 1}, ["id = 2"], init=False)
+    assert config.merge_overrides({}, ["id = 2"], init=True) == {"id": 2}
+
+
+def test_durations_are_text_with_units() -> None:
+    assert parse("gc_period = '1h 30min'").gc_period == 5400
+    assert parse("gc_period = '100ms'").gc_period == pytest.approx(0.1)
+
+
+def test_overrides_replace_top_level_keys_in_order() -> None:
+    base = {"id": 1, "gc_horizon": 5, "remote_storage": {"local_path": "a", "max_sync_errors": 3}}
+    merged = config.merge_overrides(
+        base,
+        ["gc_horizon=6", " gc_horizon = 7", "remote_storage={local_path='b'}"],
+        init=False,
+    )
+    assert merged == {"id": 1, "gc_horizon": 7, "remote_storage": {"local_path": "b"}}
+    assert base["gc_horizon"] == 5
+    with pytest.raises(ConfigError, match="could not be parsed as a toml document"):
+        config.merge_overrides(base, ["gc_horizon"], init=False)
+
+
+def test_file_round_trip(tmp_path: Path) -> None:
+    document = {"id": 3, "listen_pg_addr": "localhost:1", "initdb_options": ["-k"]}
+    (tmp_path / "pageserver.toml").write_text(config.dump_document(document))
+    assert config.load_document(tmp_path) == document
+    assert config.parse_config(document, tmp_path).initdb_options == ("-k",)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"No pageserver config at '{tmp_path}/pageserver.toml'"):
+        config.load_document(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["auth_type='ZenithJWT'", "remote_storage={local_path='x'}"])
+def test_unsupported_settings_are_refused(text: str) -> None:
+    conf = parse(text)
+    with pytest.raises(ConfigError, match="not supported yet in this version"):
+        config.refuse_unsupported(conf)
+    config.refuse_unsupported(parse())
+
+
+def test_relative_paths_are_below_the_workdir() -> None:
+    conf = parse("auth_validation_public_key_path='auth_public_key.pem'\npg_distrib_dir='pg'")
+    assert conf.auth_validation_public_key_path == WORKDIR / "auth_public_key.pem"
+    assert conf.pg_distrib_dir == WORKDIR / "pg"
+    assert parse("pg_distrib_dir='/usr/pg'").pg_distrib_dir == Path("/usr/pg")

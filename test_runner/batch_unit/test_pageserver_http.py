@@ -1,0 +1,190 @@
+"""The HTTP API: shapes, errors, leases, branches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from batch_unit.pageserver_support import (
+    HttpError,
+    PageClient,
+    Root,
+    running,
+)
+
+from postgres_ffi.relfile import RelTag
+from zenith_utils.ids import TimelineId
+from zenith_utils.lsn import Lsn
+
+pytestmark = pytest.mark.timeout(120)
+NOBODY = "0123456789abcdef" * 2
+
+
+@pytest.fixture(scope="module")
+def root() -> Iterator[Root]:
+    with running() as root:
+        yield root
+
+
+def test_http_shapes(root: Root) -> None:
+    server = root.server
+    assert {"id": str(root.tenant), "state": "Idle"} in server.http("GET", "tenant")
+    empty = server.create_tenant()
+    assert server.http("GET", f"tenant/{empty}/timeline") == []
+    path = f"tenant/{root.tenant}/timeline/{root.timeline}?include-non-incremental-logical-size=1"
+    info = server.http("GET", path)
+    local = info.pop("local")
+    assert info == {
+        "tenant_id": str(root.tenant),
+        "timeline_id": str(root.timeline),
+        "remote": None,
+    }
+    assert local["timeline_state"] == "Loaded"
+    assert local["ancestor_timeline_id"] is None and local["ancestor_lsn"] is None
+    assert local["disk_consistent_lsn"] == local["last_record_lsn"] == str(root.lsn)
+    size = local["current_logical_size"]
+    assert size == local["current_logical_size_non_incremental"] > 20_000_000
+    plain = server.local(root.tenant, root.timeline)
+    assert plain["current_logical_size_non_incremental"] is None
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "answer"),
+    [
+        ("GET", "nothing", None, 404, {"msg": "page not found"}),
+        ("DELETE", "tenant", None, 404, {"msg": "page not found"}),
+        (
+            "GET",
+            "tenant/xyz/timeline",
+            None,
+            400,
+            {"msg": "Bad request: failed to parse tenant_id"},
+        ),
+        (
+            "GET",
+            f"tenant/{NOBODY}/timeline/x",
+            None,
+            400,
+            {"msg": "Bad request: failed to parse timeline_id"},
+        ),
+        (
+            "GET",
+            f"tenant/{NOBODY}/timeline",
+            None,
+            500,
+            {"msg": f"Failed to get repo for tenant {NOBODY}"},
+        ),
+        (
+            "GET",
+            f"tenant/{NOBODY}/timeline/{NOBODY}",
+            None,
+            500,
+            {"msg": f"Tenant {NOBODY} not found"},
+        ),
+    ],
+)
+def test_http_errors(
+    root: Root, method: str, path: str, body: object, status: int, answer: object
+) -> None:
+    with pytest.raises(HttpError) as caught:
+        root.server.http(method, path, body)
+    assert (caught.value.status, caught.value.body) == (status, answer)
+
+
+def test_http_conflicts_and_unknown_timelines(root: Root) -> None:
+    server = root.server
+    for path, body in (
+        ("tenant", {"new_tenant_id": str(root.tenant)}),
+        (f"tenant/{root.tenant}/timeline", {"new_timeline_id": str(root.timeline)}),
+    ):
+        with pytest.raises(HttpError) as caught:
+            server.http("POST", path, body)
+        assert (caught.value.status, caught.value.body) == (409, None)
+    with pytest.raises(HttpError, match="not found neither locally nor remotely") as caught:
+        server.http("GET", f"tenant/{root.tenant}/timeline/{NOBODY}")
+    assert caught.value.status == 404
+    for action in ("attach", "detach"):
+        with pytest.raises(HttpError, match="not supported yet"):
+            server.http("POST", f"tenant/{root.tenant}/timeline/{root.timeline}/{action}")
+
+
+def test_metrics_lines(root: Root) -> None:
+    import re
+
+    import requests
+
+    text = requests.get(f"http://127.0.0.1:{root.server.http_port}/metrics", timeout=30).text
+    for pattern in (
+        r'^pageserver_disk_io_bytes{io_operation="write"} (\S+)$',
+        r"^pageserver_maxrss_kb (\S+)$",
+    ):
+        match = re.search(pattern, text, re.MULTILINE)
+        assert match is not None
+        assert float(match[1]) >= 0
+    assert 'pageserver_live_connections_count{pageserver_connection_kind="page_service"}' in text
+
+
+def test_lsn_leases(root: Root) -> None:
+    server = root.server
+    path = f"tenant/{root.tenant}/timeline/{root.timeline}/lsn_lease"
+    lease = server.http("POST", path, {"lsn": str(root.lsn), "ttl": 60})
+    assert lease["lsn"] == str(root.lsn)
+    assert 0 < lease["expires_in"] <= 60
+    one = f"{path}/{lease['lease_id']}"
+    assert server.http("PUT", one, {"ttl": 600})["expires_in"] > 60
+    assert server.http("DELETE", one) is None
+    with pytest.raises(HttpError, match="unknown or has expired") as caught:
+        server.http("PUT", one, {"ttl": 60})
+    assert caught.value.status == 410
+    again = server.http("PUT", one, {"ttl": 60, "lsn": str(root.lsn)})
+    assert again["lease_id"] == lease["lease_id"]
+    for body in (
+        {"lsn": str(root.lsn)},
+        {"ttl": 5},
+        {"ttl": -1, "lsn": "0/8"},
+        {"ttl": 5, "lsn": "x"},
+    ):
+        with pytest.raises(HttpError) as caught:
+            server.http("POST", path, body)
+        assert caught.value.status == 400
+    with pytest.raises(HttpError, match="garbage collected"):
+        server.http("POST", path, {"lsn": "0/8", "ttl": 5})
+
+
+# ---- branches
+
+
+def test_branches_share_their_past(root: Root) -> None:
+    server = root.server
+    branch = server.create_timeline(root.tenant, ancestor=root.timeline)
+    local = server.local(root.tenant, branch)
+    assert local["ancestor_timeline_id"] == str(root.timeline)
+    assert local["ancestor_lsn"] == local["last_record_lsn"] == str(root.lsn)
+    assert local["disk_consistent_lsn"] == str(root.lsn)
+    original = server.local(root.tenant, root.timeline)
+    assert local["prev_record_lsn"] == original["prev_record_lsn"]
+    assert local["current_logical_size"] == original["current_logical_size"]
+    rel = RelTag(1663, 5, 1259, 0)
+    with root.pages() as client:
+        expected = client.page(rel, 0, root.lsn)
+    client = PageClient(server, root.tenant, branch)
+    assert client.page(rel, 0, root.lsn) == expected
+    client.close()
+
+
+@pytest.mark.parametrize(
+    ("lsn", "text"),
+    [
+        (Lsn(8), "invalid branch start lsn"),
+        (Lsn.parse("7/0"), "Timed out while waiting for WAL record at LSN 7/0 to arrive"),
+    ],
+)
+def test_branch_points_out_of_range(root: Root, lsn: Lsn, text: str) -> None:
+    with pytest.raises(HttpError, match=text) as caught:
+        root.server.create_timeline(root.tenant, ancestor=root.timeline, lsn=lsn)
+    assert caught.value.status == 500
+
+
+def test_branch_of_nothing(root: Root) -> None:
+    with pytest.raises(HttpError, match="Cannot branch off the timeline that's not present"):
+        root.server.create_timeline(root.tenant, ancestor=TimelineId.parse(NOBODY))

@@ -1,0 +1,239 @@
+"""Daemons: background start, pid files, listening sockets and termination signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from zenith_utils import os_user
+from zenith_utils.daemonize import AddressError, BindError, bind_listener, parse_address
+from zenith_utils.pid_file import PidFile, PidFileError, is_alive, read_pid_file, running_pid
+
+ROOT = Path(__file__).resolve().parents[2]
+
+DAEMON = """
+import socket, sys
+from pathlib import Path
+from zenith_utils.daemonize import bind_listener, daemonize
+from zenith_utils.log import init_logging
+from zenith_utils.shutdown import Shutdown
+work = Path(sys.argv[1])
+sock = bind_listener(sys.argv[2])
+lock = daemonize(work / "d.pid", work / "d.log")
+init_logging(work / "d.log")
+print("printed", flush=True)
+if len(sys.argv) > 3:
+    raise RuntimeError("cannot go on")
+shutdown = Shutdown()
+shutdown.install()
+client, _ = sock.accept()
+client.sendall(b"hello")
+print(shutdown.wait(), flush=True)
+"""
+
+WAITING = r"""
+import sys, threading, time
+from zenith_utils.log import init_logging
+from zenith_utils.shutdown import IMMEDIATE_EXIT_CODE, Shutdown, ShutdownMode
+init_logging()
+shutdown = Shutdown()
+shutdown.install()
+shutdown.guard_threads()
+print("ready", flush=True)
+if sys.argv[1] == "thread":
+    def fails():
+        raise ValueError("broken")
+    threading.Thread(target=fails, name="worker").start()
+mode = shutdown.wait()
+print(f"\n{mode.name} {shutdown.failed}\n", end="", flush=True)
+if sys.argv[1] == "stuck":
+    while True:
+        time.sleep(60)
+sys.exit(IMMEDIATE_EXIT_CODE if mode is ShutdownMode.IMMEDIATE else 0)
+"""
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "condition not met in time"
+        time.sleep(0.005)
+
+
+def start_daemon(work: Path, port: int, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", DAEMON, str(work), f"127.0.0.1:{port}", *more],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def test_daemon_lives_and_stops(tmp_path: Path) -> None:
+    port = free_port()
+    started = start_daemon(tmp_path, port)
+    assert (started.returncode, started.stdout, started.stderr) == (0, "", "")
+    pid_file = tmp_path / "d.pid"
+    pid = int(pid_file.read_text())
+    try:
+        assert pid_file.read_text() == str(pid)
+        assert running_pid(pid_file) == pid
+        assert os.getsid(pid) == pid
+        with socket.create_connection(("127.0.0.1", port), 10) as client:
+            assert client.recv(5) == b"hello"
+        again = start_daemon(tmp_path, free_port())
+        assert again.returncode == 1
+        assert f"already running with pid {pid}" in again.stderr
+        occupied = start_daemon(tmp_path, port)
+        assert occupied.returncode == 1
+        assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in occupied.stderr
+        os.kill(pid, signal.SIGTERM)
+        wait_until(lambda: not is_alive(pid))
+    finally:
+        if is_alive(pid):
+            os.kill(pid, signal.SIGKILL)
+    log = (tmp_path / "d.log").read_text()
+    assert "printed\n" in log
+    assert "ShutdownMode.GRACEFUL" in log
+    assert running_pid(pid_file) is None
+    assert read_pid_file(pid_file) == pid
+
+
+def test_early_failure_of_the_child_is_in_the_log(tmp_path: Path) -> None:
+    assert start_daemon(tmp_path, free_port(), "fail").returncode == 0
+    pid = read_pid_file(tmp_path / "d.pid")
+    assert pid is not None
+    wait_until(lambda: not is_alive(pid))
+    assert "RuntimeError: cannot go on" in (tmp_path / "d.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("how", "signals", "output", "code"),
+    [
+        ("plain", [signal.SIGTERM], "GRACEFUL False", 0),
+        ("plain", [signal.SIGINT], "GRACEFUL False", 0),
+        ("plain", [signal.SIGQUIT], "IMMEDIATE False", 111),
+        ("stuck", [signal.SIGTERM, signal.SIGINT], "GRACEFUL False", 1),
+        ("thread", [], "GRACEFUL True", 0),
+    ],
+)
+def test_termination(how: str, signals: list[int], output: str, code: int) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", WAITING, how], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "ready\n"
+            seen = ""
+            for number in signals:
+                process.send_signal(number)
+                while output not in seen:
+                    line = process.stdout.readline()
+                    assert line
+                    seen += line
+            seen += process.stdout.read()
+            assert output in seen
+            assert process.wait(10) == code
+        finally:
+            process.kill()
+
+
+def test_pid_file_lock(tmp_path: Path) -> None:
+    path = tmp_path / "x.pid"
+    assert running_pid(path) is None
+    assert read_pid_file(path) is None
+    held = PidFile(path)
+    path.write_text("99999999 and a longer leftover")
+    held.write()
+    assert path.read_text() == str(os.getpid())
+    with pytest.raises(PidFileError, match=f"already running with pid {os.getpid()}"):
+        PidFile(path)
+    assert running_pid(path) == os.getpid()
+    held.close()
+    assert running_pid(path) is None
+    PidFile(path).close()
+    with pytest.raises(PidFileError, match="cannot open"):
+        PidFile(tmp_path / "missing" / "x.pid")
+
+
+def test_zombies_are_not_alive() -> None:
+    assert is_alive(os.getpid())
+    process = subprocess.Popen(["true"])
+    wait_until(lambda: not is_alive(process.pid))
+    process.wait()
+    assert not is_alive(process.pid)
+
+
+def test_addresses() -> None:
+    assert parse_address("127.0.0.1:5432") == ("127.0.0.1", 5432)
+    assert parse_address("[::1]:80") == ("::1", 80)
+    assert parse_address("localhost", 7) == ("localhost", 7)
+    assert parse_address("[::1]", 7) == ("::1", 7)
+    for text in ("", "host", ":1", "host:", "host:x", "host:70000", "::1:80", "::1", "[::1:80"):
+        with pytest.raises(AddressError, match="invalid address"):
+            parse_address(text)
+
+
+def test_listeners_exclude_each_other_but_not_the_past() -> None:
+    first = bind_listener("127.0.0.1:0")
+    port = first.getsockname()[1]
+    with pytest.raises(BindError, match=f"cannot listen on 127.0.0.1:{port}"):
+        bind_listener(("127.0.0.1", port))
+    client = socket.create_connection(("127.0.0.1", port))
+    accepted, _ = first.accept()
+    # The side that closes first keeps the port in TIME_WAIT.
+    accepted.close()
+    assert client.recv(1) == b""
+    client.close()
+    first.close()
+    bind_listener(("127.0.0.1", port)).close()
+
+
+def test_os_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert os_user.postgres_user() is None
+    assert os_user.popen_kwargs() == {}
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setenv("ZENITH_OS_USER", "no-such-user")
+    with pytest.raises(os_user.OsUserError, match="ZENITH_OS_USER"):
+        os_user.give(tmp_path)
+    monkeypatch.setenv("ZENITH_OS_USER", "root")
+    with pytest.raises(os_user.OsUserError, match="uid 0"):
+        os_user.postgres_user()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_files_are_given_without_following_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZENITH_OS_USER", "nobody")
+    user = os_user.postgres_user()
+    assert user is not None
+    outside = tmp_path / "outside"
+    outside.write_text("root's")
+    tree = tmp_path / "tree"
+    (tree / "deep").mkdir(parents=True)
+    (tree / "deep" / "file").write_text("x")
+    (tree / "link").symlink_to(outside)
+    (tree / "dirlink").symlink_to(tmp_path)
+    os_user.give(tree, recursive=True)
+    assert outside.stat().st_uid == tmp_path.stat().st_uid == 0
+    for path in (tree, tree / "deep", tree / "deep" / "file", tree / "link", tree / "dirlink"):
+        assert (path.lstat().st_uid, path.lstat().st_gid) == (user.pw_uid, user.pw_gid), path
+    shown = subprocess.run(["id", "-u"], capture_output=True, check=True, **os_user.popen_kwargs())
+    assert int(shown.stdout) == user.pw_uid

@@ -1,0 +1,7 @@
+"""Plugins of the test framework."""
+
+pytest_plugins = (
+    "fixtures.zenith_fixtures",
+    "fixtures.benchmark_fixture",
+    "fixtures.slow",
+)
