@@ -1,429 +1,350 @@
-"""Client end of the redo process' pipes; the protocol is described in pgxn/walredo/walredo.h."""
+"""Memory shared with a redo process; the protocol is described in pgxn/walredo/walredo.h.
+
+The GIL is the lock of a channel: all but `ring` and `wait` is done with it held, and nothing that
+must be done at once runs Python code in between. The process is not trusted: what it may have
+written is copied before it is checked, and what only the client decides is kept out of its reach.
+"""
 
 cimport cython
+from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport (
     PyBytes_AS_STRING,
     PyBytes_FromStringAndSize,
     PyBytes_GET_SIZE,
 )
-from cpython.exc cimport PyErr_CheckSignals
-from libc.errno cimport EAGAIN, EINTR, ENOMEM, errno
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport free, realloc
-from libc.string cimport memcpy, memset, strerror
-from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
-from posix.unistd cimport read, write
+from libc.errno cimport EINTR
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
 
 import fcntl
+import mmap
 import os
 
-cdef extern from "<poll.h>" nogil:
-    struct pollfd:
-        int fd
-        short events
-        short revents
-    ctypedef unsigned long nfds_t
-    int poll(pollfd *fds, nfds_t nfds, int timeout)
+cdef extern from *:
+    """
+    #include <errno.h>
+    #include <linux/futex.h>
+    #include <sched.h>
+    #include <stdint.h>
+    #include <sys/syscall.h>
+    #include <time.h>
+    #include <unistd.h>
+
+    static inline uint32_t load_acquire(const uint32_t *p)
+    {
+        return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+    }
+
+    static inline void store_release(uint32_t *p, uint32_t value)
+    {
+        __atomic_store_n(p, value, __ATOMIC_RELEASE);
+    }
+
+    static inline uint32_t exchange(uint32_t *p, uint32_t value)
+    {
+        return __atomic_exchange_n(p, value, __ATOMIC_SEQ_CST);
+    }
+
+    static inline int compare_exchange(uint32_t *p, uint32_t expected, uint32_t value)
+    {
+        return __atomic_compare_exchange_n(p, &expected, value, 0,
+                                           __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+    }
+
+    static inline void full_fence(void)
+    {
+        __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    }
+
+    static inline int64_t now_ns(void)
+    {
+        struct timespec now;
+
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
+    }
+
+    static inline void spin_pause(void)
+    {
+    #if defined(__x86_64__)
+        __builtin_ia32_pause();
+    #elif defined(__aarch64__)
+        __asm__ volatile("yield");
+    #endif
+    }
+
+    static inline int futex_wait(uint32_t *p, uint32_t value, long timeout_ms)
+    {
+        struct timespec timeout = {timeout_ms / 1000, timeout_ms % 1000 * 1000000L};
+
+        return syscall(SYS_futex, p, FUTEX_WAIT, value, &timeout, NULL, 0) == 0 ? 0 : errno;
+    }
+
+    static inline void futex_wake(uint32_t *p)
+    {
+        syscall(SYS_futex, p, FUTEX_WAKE, 1, NULL, NULL, 0);
+    }
+    """
+    uint32_t load_acquire(const uint32_t *p) noexcept nogil
+    void store_release(uint32_t *p, uint32_t value) noexcept nogil
+    uint32_t exchange(uint32_t *p, uint32_t value) noexcept nogil
+    bint compare_exchange(uint32_t *p, uint32_t expected, uint32_t value) noexcept nogil
+    void full_fence() noexcept nogil
+    int64_t now_ns() noexcept nogil
+    void spin_pause() noexcept nogil
+    int sched_getcpu() noexcept nogil
+    int futex_wait(uint32_t *p, uint32_t value, long timeout_ms) noexcept nogil
+    void futex_wake(uint32_t *p) noexcept nogil
     enum:
-        POLLIN
-        POLLOUT
-        POLLERR
-        POLLHUP
+        ETIMEDOUT
 
-PAGE_SIZE = 8192
-
-# Outcome of one request.
-PAGE = 0
-REJECTED = 1
-FAILED = 2
-HELLO = 3
-
-# Why exchange() returned.
-COMPLETE = 0
-GAVE_UP = 1
-CLOSED = 2
-TIMED_OUT = 3
+CHANNEL_SIZE = sizeof(Memory)
 
 cdef enum:
-    _PAGE_SIZE = 8192
-    _REQUEST_APPLY = 65  # 'A'
-    _REQUEST_MASK = 77  # 'M'
-    _FAILED = 2
-    _COMPLETE = 0
-    _GAVE_UP = 1
-    _CLOSED = 2
-    _TIMED_OUT = 3
-    _ERROR = 4
-    _RECORD_HEADER_SIZE = 24  # SizeOfXLogRecord
-    _PIPE_SIZE = 1 << 20
-    _READ_SIZE = 256 * 1024
-    _KEPT_BUFFER = 4 << 20
-    _KEPT_STDERR = 16384
-    _MAX_PAYLOAD = 8192
+    WAITED_FOR = 0x100  # SLOT_WAITED_FOR
+    # Memory of a slot that is kept; beyond that it is given back after use.
+    KEPT_ITEMS = 512 << 10
+    RECORD_HEADER_BYTES = 24  # SizeOfXLogRecord
+    # About what it costs to wake the process on an idle CPU, and to go to sleep and be woken.
+    SPIN_NS = 30000
 
-cdef struct RequestHeader:
-    uint64_t length
-    uint8_t type
-    uint8_t forknum_or_rmid
-    uint8_t has_base
-    uint8_t unused
-    uint32_t spcnode
-    uint32_t dbnode
-    uint32_t relnode
-    uint32_t blkno
-    uint32_t nrecords
 
 cdef struct RecordHeader:
     uint64_t end_lsn
     uint32_t length
     uint32_t unused
 
-cdef struct ResponseHeader:
-    uint32_t length
-    uint32_t status
 
-cdef struct Buffer:
-    char *data
-    size_t size
-    size_t used
-
-
-cdef int _reserve(Buffer *buffer, size_t extra) noexcept nogil:
-    """Room for `extra` more bytes; -1 if there is no memory."""
-    cdef size_t wanted = buffer.used + extra
-    cdef char *moved
-    if wanted <= buffer.size:
-        return 0
-    wanted += wanted // 2
-    moved = <char *> realloc(buffer.data, wanted)
-    if moved == NULL:
-        return -1
-    buffer.data = moved
-    buffer.size = wanted
+cdef int _add(Slot *slot, Py_ssize_t *used, const void *data, size_t size) except -1:
+    """Append an item to a request, padded to 8 bytes."""
+    cdef size_t padded = (size + 7) & ~(<size_t> 7)
+    if padded > <size_t> (ITEMS_BYTES - used[0]):
+        raise ValueError(f"a WAL record of {size} bytes is larger than any that changes pages")
+    memcpy(slot.items + used[0], data, size)
+    memset(slot.items + used[0] + size, 0, padded - size)
+    used[0] += padded
     return 0
 
 
-cdef void _clear(Buffer *buffer) noexcept nogil:
-    """Empty the buffer, and give an unusually large one back."""
-    buffer.used = 0
-    if buffer.size > _KEPT_BUFFER:
-        free(buffer.data)
-        buffer.data = NULL
-        buffer.size = 0
+cdef int add_page(Slot *slot, Py_ssize_t *used, bytes page) except -1:
+    """Append the base page. Raises ValueError for a wrong size."""
+    if PyBytes_GET_SIZE(page) != PAGE_BYTES:
+        raise ValueError(f"a page has {PAGE_BYTES} bytes, not {len(page)}")
+    slot.request.has_base = True
+    return _add(slot, used, PyBytes_AS_STRING(page), PAGE_BYTES)
 
 
-cdef int64_t _now_ms() noexcept nogil:
-    cdef timespec now
-    clock_gettime(CLOCK_MONOTONIC, &now)
-    return <int64_t> now.tv_sec * 1000 + now.tv_nsec // 1000000
+cdef int add_record(Slot *slot, Py_ssize_t *used, uint64_t end_lsn, bytes record) except -1:
+    """Append a WAL record. Raises ValueError if its own header gives another length."""
+    cdef RecordHeader item
+    cdef Py_ssize_t size
+    if record is None:
+        raise TypeError("a WAL record is None")
+    size = PyBytes_GET_SIZE(record)
+    if size < RECORD_HEADER_BYTES:
+        raise ValueError(f"a WAL record of {size} bytes is shorter than its header")
+    memcpy(&item.length, PyBytes_AS_STRING(record), sizeof(item.length))
+    if item.length != size:
+        raise ValueError(f"a WAL record of {item.length} bytes was given as {size} bytes")
+    item.end_lsn = end_lsn
+    item.unused = 0
+    _add(slot, used, &item, sizeof(item))
+    return _add(slot, used, PyBytes_AS_STRING(record), size)
 
 
 @cython.final
 cdef class RedoChannel:
-    """One redo process' standard input, output and error.
+    """A line of requests to one redo process, and the slots that hold them.
 
-    Requests are collected by add_apply() and add_mask(), sent and answered by exchange(). The
-    descriptors stay the caller's to close. Not thread safe.
+    Raises OSError if there is no memory for it. The process gets `fileno()` as its standard input;
+    after that `close_file()` closes it here.
     """
 
-    cdef int to_fd
-    cdef int from_fd
-    cdef int err_fd
-    cdef Buffer requests
-    cdef Buffer responses
-    cdef Buffer errors
-    cdef size_t sent
-    cdef size_t parsed  # bytes of complete responses
-    cdef int expected
-    cdef int answered
-    cdef bint gave_up
-    cdef int last_errno
-
-    def __cinit__(self, int to_fd, int from_fd, int err_fd):
-        self.to_fd = to_fd
-        self.from_fd = from_fd
-        self.err_fd = err_fd
-        for fd in (to_fd, from_fd, err_fd):
-            os.set_blocking(fd, False)
-        for fd in (to_fd, from_fd):
-            try:
-                fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, <int> _PIPE_SIZE)
-            except PermissionError:
-                pass  # beyond this user's quota: smaller pipes only cost more system calls
-
-    def __dealloc__(self):
-        free(self.requests.data)
-        free(self.responses.data)
-        free(self.errors.data)
-
-    cdef int _append(self, const void *data, size_t size) except -1:
-        """Append an item to the requests, padded to 8 bytes."""
-        cdef size_t padded = (size + 7) & ~(<size_t> 7)
-        if _reserve(&self.requests, padded) < 0:
-            raise MemoryError
-        memcpy(self.requests.data + self.requests.used, data, size)
-        memset(self.requests.data + self.requests.used + size, 0, padded - size)
-        self.requests.used += padded
-        return 0
-
-    cdef int _append_page(self, bytes page) except -1:
-        if PyBytes_GET_SIZE(page) != _PAGE_SIZE:
-            raise ValueError(f"a page has {_PAGE_SIZE} bytes, not {len(page)}")
-        return self._append(PyBytes_AS_STRING(page), _PAGE_SIZE)
-
-    cdef int _append_record(self, RecordHeader *item, bytes record) except -1:
-        """Append a WAL record, whose own header must give its length."""
-        cdef Py_ssize_t size = PyBytes_GET_SIZE(record)
-        if size < _RECORD_HEADER_SIZE:
-            raise ValueError(f"a WAL record of {size} bytes is shorter than its header")
-        memcpy(&item.length, PyBytes_AS_STRING(record), sizeof(item.length))
-        if item.length != size:
-            raise ValueError(f"a WAL record of {item.length} bytes was given as {size} bytes")
-        self._append(item, sizeof(RecordHeader))
-        return self._append(PyBytes_AS_STRING(record), size)
-
-    cdef int _finish_request(self, size_t start, RequestHeader *header) noexcept:
-        """Write the header of the request that begins at `start`, now that its length is known."""
-        header.length = self.requests.used - start - sizeof(RequestHeader)
-        memcpy(self.requests.data + start, header, sizeof(RequestHeader))
-        self.expected += 1
-        return 0
-
-    def add_apply(
-        self,
-        uint32_t spcnode,
-        uint32_t dbnode,
-        uint32_t relnode,
-        uint8_t forknum,
-        uint32_t blkno,
-        bytes base,
-        records,
-    ):
-        """Add a request: `base` (8192 bytes, None = zeroes) plus records [(end LSN, bytes)].
-
-        Raises ValueError for a wrong size, TypeError or OverflowError; then nothing was added.
-        """
-        cdef size_t start = self.requests.used
-        cdef RequestHeader header
-        cdef RecordHeader item
-        cdef bytes record
-        memset(&header, 0, sizeof(header))
-        memset(&item, 0, sizeof(item))
-        header.type = _REQUEST_APPLY
-        header.forknum_or_rmid = forknum
-        header.has_base = base is not None
-        header.spcnode = spcnode
-        header.dbnode = dbnode
-        header.relnode = relnode
-        header.blkno = blkno
-        try:
-            self._append(&header, sizeof(header))
-            if base is not None:
-                self._append_page(base)
-            for lsn, data in records:
-                item.end_lsn = lsn
-                record = data
-                if record is None:
-                    raise TypeError("a WAL record is None")
-                self._append_record(&item, record)
-                header.nrecords += 1
-        except BaseException:
-            self.requests.used = start
-            raise
-        self._finish_request(start, &header)
-
-    def add_mask(self, uint8_t rmid, uint32_t blkno, bytes page not None):
-        """Add a request to mask a page of 8192 bytes. Raises ValueError for a wrong size."""
-        cdef size_t start = self.requests.used
-        cdef RequestHeader header
-        memset(&header, 0, sizeof(header))
-        header.type = _REQUEST_MASK
-        header.forknum_or_rmid = rmid
-        header.has_base = 1
-        header.blkno = blkno
-        try:
-            self._append(&header, sizeof(header))
-            self._append_page(page)
-        except BaseException:
-            self.requests.used = start
-            raise
-        self._finish_request(start, &header)
-
-    @property
-    def pending_bytes(self) -> int:
-        """Size of the requests added since the last exchange()."""
-        return self.requests.used
-
-    def expect_hello(self):
-        """Make the next exchange() wait for the frame that a process sends at its start."""
-        self.expected += 1
-
-    def exchange(self, double timeout):
-        """Send what was added and collect the answers: ([(outcome, bytes)], why it ended).
-
-        COMPLETE: every request is answered. GAVE_UP: the last answer is FAILED and the process
-        ends with it. CLOSED: the process has gone without a word. TIMED_OUT: the first request
-        without an answer got none for `timeout` seconds. After all but COMPLETE the channel is
-        unusable, as it is after an exception: OSError, MemoryError, what a signal handler raised,
-        or ValueError for an answer that breaks the protocol.
-        """
-        cdef int end
-        cdef int64_t timeout_ms = <int64_t> (timeout * 1000)
-        cdef int64_t deadline
-        self.sent = 0
-        self.parsed = 0
-        self.answered = 0
-        self.gave_up = False
-        self.responses.used = 0
-        deadline = _now_ms() + timeout_ms
-        while True:
-            with nogil:
-                end = self._run(timeout_ms, &deadline)
-            if end != -EINTR:
-                break
-            PyErr_CheckSignals()
-        if end == _ERROR:
-            if self.last_errno == 0:
-                raise ValueError("the redo process broke the protocol")
-            raise OSError(self.last_errno, strerror(self.last_errno).decode())
-        try:
-            return self._outcomes(), end
-        finally:
-            self.expected = 0
-            _clear(&self.requests)
-            _clear(&self.responses)
-
-    def take_stderr(self) -> bytes:
-        """What the process has written to standard error since the last call (its first 16 kB)."""
-        cdef bytes text
-        self._drain_stderr()
-        if self.errors.used == 0:
-            return b""
-        text = PyBytes_FromStringAndSize(self.errors.data, self.errors.used)
-        self.errors.used = 0
-        return text
-
-    cdef list _outcomes(self):
-        """The complete responses as Python objects."""
-        cdef list found = []
-        cdef size_t pos = 0
-        cdef ResponseHeader header
-        while pos < self.parsed:
-            memcpy(&header, self.responses.data + pos, sizeof(header))
-            pos += sizeof(header)
-            found.append((
-                header.status,
-                PyBytes_FromStringAndSize(self.responses.data + pos, header.length),
-            ))
-            pos += header.length
-        return found
-
-    cdef int _run(self, int64_t timeout_ms, int64_t *deadline) noexcept nogil:
-        """Write while reading until all is answered; -EINTR asks to be called again."""
-        cdef pollfd fds[3]
-        cdef int ready, before
-        cdef int64_t left
-        cdef int open_in = 1
-        fds[0].fd = self.from_fd
-        fds[1].fd = self.err_fd
-        fds[0].events = fds[1].events = POLLIN
-        fds[2].events = POLLOUT
-        if self._send() < 0:
-            open_in = 0
-        while self.answered < self.expected:
-            left = deadline[0] - _now_ms()
-            if left <= 0:
-                return _TIMED_OUT
-            # A process that closed its input may still have said why: read on to the end.
-            fds[2].fd = self.to_fd if open_in and self.sent < self.requests.used else -1
-            ready = poll(fds, 3, <int> min(left, 1 << 30))
-            if ready < 0:
-                return self._failed(errno)
-            if fds[1].revents & POLLIN:
-                self._drain_stderr()
-            elif fds[1].revents:
-                fds[1].fd = -1
-            if fds[0].revents:
-                before = self.answered
-                ready = self._receive()
-                if ready < 0:
-                    return self._failed(-ready)
-                if ready == 0:
-                    return _CLOSED
-                if not self._parse():
-                    return self._failed(0)
-                if self.gave_up:
-                    return _GAVE_UP
-                if self.answered != before:
-                    deadline[0] = _now_ms() + timeout_ms
-            if fds[2].fd >= 0 and fds[2].revents and self._send() < 0:
-                open_in = 0
-        return _COMPLETE
-
-    cdef int _failed(self, int code) noexcept nogil:
-        """The result of _run() after a system call failed with an errno; 0 = a broken protocol."""
-        if code == EINTR:
-            return -EINTR
-        self.last_errno = code
-        return _ERROR
-
-    cdef int _send(self) noexcept nogil:
-        """Write as much as the pipe takes; -1 if nobody reads it any more."""
-        cdef ssize_t done
-        while self.sent < self.requests.used:
-            done = write(
-                self.to_fd, self.requests.data + self.sent, self.requests.used - self.sent
-            )
-            if done < 0:
-                if errno == EINTR:
-                    continue
-                return 0 if errno == EAGAIN else -1
-            self.sent += done
-        return 0
-
-    cdef int _receive(self) noexcept nogil:
-        """Read what is there: 1, or 0 at the end of file, or a negative errno."""
-        cdef ssize_t got
-        if _reserve(&self.responses, _READ_SIZE) < 0:
-            return -ENOMEM
-        got = read(
-            self.from_fd,
-            self.responses.data + self.responses.used,
-            self.responses.size - self.responses.used,
+    def __cinit__(self):
+        cdef Py_buffer view
+        cdef int i
+        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+        self.file = open(os.memfd_create("walredo", flags), "r+b", 0)
+        os.ftruncate(self.file.fileno(), sizeof(Memory))
+        # The process must not take away the memory under our feet.
+        fcntl.fcntl(
+            self.file.fileno(),
+            fcntl.F_ADD_SEALS,
+            fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL,
         )
-        if got < 0:
-            return 1 if errno == EAGAIN else -errno
-        self.responses.used += got
-        return 1 if got > 0 else 0
+        self.mapping = mmap.mmap(self.file.fileno(), sizeof(Memory))
+        PyObject_GetBuffer(self.mapping, &view, PyBUF_WRITABLE)
+        self.memory = <Memory *> view.buf
+        PyBuffer_Release(&view)  # the mapping stays where it is: nobody else has it to close it
+        for i in range(SLOTS):
+            self.unused[i] = SLOTS - 1 - i
+        self.nunused = SLOTS
+        self.abandoned = []
 
-    cdef bint _parse(self) noexcept nogil:
-        """Count the complete responses; false if one makes no sense."""
-        cdef ResponseHeader header
-        cdef size_t size
-        while self.responses.used - self.parsed >= sizeof(header):
-            memcpy(&header, self.responses.data + self.parsed, sizeof(header))
-            if header.length > _MAX_PAYLOAD or self.answered == self.expected:
-                return False
-            size = sizeof(header) + header.length
-            if self.responses.used - self.parsed < size:
-                break
-            self.parsed += size
-            self.answered += 1
-            if header.status == _FAILED:
-                self.gave_up = True
-                break
-        return True
+    def fileno(self):
+        """The memory file."""
+        return self.file.fileno()
 
-    cdef void _drain_stderr(self) noexcept nogil:
-        """Keep the first part of what is there and drop the rest."""
-        cdef char chunk[4096]
-        cdef ssize_t got
+    def close_file(self):
+        """Close the file; the memory stays."""
+        self.file.close()
+
+    def oldest(self):
+        """Position in the line of the first request that has not been served, or None."""
+        cdef uint32_t position
+        cdef int number = self.first_unserved()
+        if number < 0:
+            return None
+        return self.position[number]
+
+    def mark_gone(self, timed_out_at=None):
+        """Tell all who wait that the process has ended; it must have.
+
+        The first request that it has not served is blamed for that, unless the process itself has
+        said which one is. `timed_out_at` is the position of the one that it was killed for.
+        """
+        cdef int number, first
+        self.gone = True
+        self.timed_out = timed_out_at is not None
+        first = self.first_unserved()
+        for number in range(SLOTS):
+            if self.in_line[number] and self.state(number) == ANSWERED:
+                self.failed = self.failed or self.memory.slots[number].status == FAILED
+        if first >= 0 and (self.failed or self.timed_out and self.position[first] != timed_out_at):
+            first = -1
+        for number in range(SLOTS):
+            if self.in_line[number] and self.state(number) != ANSWERED:
+                exchange(&self.memory.slots[number].state, BLAMED if number == first else LOST)
+                futex_wake(&self.memory.slots[number].state)
+
+    cdef int state(self, int number) noexcept:
+        """SUBMITTED to BLAMED."""
+        return load_acquire(&self.memory.slots[number].state) & ~(<uint32_t> WAITED_FOR)
+
+    cdef int first_unserved(self) noexcept:
+        """Number of the slot, or -1."""
+        cdef int number, first = -1
+        for number in range(SLOTS):
+            if self.in_line[number] and self.state(number) != ANSWERED and (
+                first < 0 or <int32_t> (self.position[number] - self.position[first]) < 0
+            ):
+                first = number
+        return first
+
+    cdef int take_slot(self):
+        """The number of an unused slot, now the caller's, or -1."""
+        cdef int number
+        if self.abandoned:
+            for number in list(self.abandoned):
+                if self.state(number) == ANSWERED:
+                    self.abandoned.remove(number)
+                    self.give_back(number)
+        if self.nunused == 0:
+            return -1
+        self.nunused -= 1
+        return self.unused[self.nunused]
+
+    cdef void give_back(self, int number):
+        """End the use of a slot whose request is not in the line (any more)."""
+        cdef uint64_t used = self.memory.slots[number].request.length
+        if KEPT_ITEMS < used <= ITEMS_BYTES:
+            start = <char *> &self.memory.slots[number].items - <char *> self.memory
+            start = (start + KEPT_ITEMS) & ~(mmap.PAGESIZE - 1)
+            self.mapping.madvise(mmap.MADV_REMOVE, start, used - KEPT_ITEMS)
+        self.in_line[number] = False
+        self.unused[self.nunused] = number
+        self.nunused += 1
+
+    cdef void submit(self, int number):
+        """Put a slot that holds a request into the line."""
+        cdef Slot *slot = &self.memory.slots[number]
+        self.position[number] = self.submitted
+        self.in_line[number] = True
+        if self.gone:
+            slot.state = LOST
+            return
+        slot.state = SUBMITTED
+        self.memory.line[self.submitted % SLOTS] = number
+        self.submitted += 1
+        self.memory.client_cpu = sched_getcpu()
+        store_release(&self.memory.submitted, self.submitted)
+
+    cdef void ring(self) noexcept nogil:
+        """Wake the process if it sleeps; after submit()."""
+        full_fence()
+        if load_acquire(&self.memory.sleeping) and exchange(&self.memory.sleeping, 0):
+            futex_wake(&self.memory.sleeping)
+
+    cdef void spin(self, int number) noexcept nogil:
+        """Look out for an answer for as long as it costs to go to sleep and be woken.
+
+        That would only keep the process from running if it is on this CPU.
+        """
+        cdef uint32_t *p = &self.memory.slots[number].state
+        cdef int64_t end
+        if <int> self.memory.cpu == sched_getcpu():
+            return
+        end = now_ns() + SPIN_NS
+        while load_acquire(p) in (SUBMITTED, TAKEN) and now_ns() < end:
+            spin_pause()
+
+    cdef int wait(self, int number, long timeout_ms) noexcept nogil:
+        """Wait for ANSWERED, LOST or BLAMED; 0 after the timeout, -1 after a signal."""
+        cdef uint32_t *p = &self.memory.slots[number].state
+        cdef uint32_t state
+        cdef int end
         while True:
-            got = read(self.err_fd, chunk, sizeof(chunk))
-            if got < 0 and errno == EINTR:
-                continue
-            if got <= 0:
-                return
-            if self.errors.used < _KEPT_STDERR and _reserve(&self.errors, got) == 0:
-                memcpy(self.errors.data + self.errors.used, chunk, got)
-                self.errors.used += got
+            state = load_acquire(p)
+            if state & ~(<uint32_t> WAITED_FOR) in (ANSWERED, LOST, BLAMED):
+                return state & ~(<uint32_t> WAITED_FOR)
+            if not state & WAITED_FOR:
+                if not compare_exchange(p, state, state | WAITED_FOR):
+                    continue
+            end = futex_wait(p, state | WAITED_FOR, timeout_ms)
+            if end == ETIMEDOUT:
+                return 0
+            if end == EINTR:
+                return -1
+
+    cdef tuple answer(self, int number):
+        """(PAGE, 8192 bytes), or (REJECTED or FAILED, text) of a slot that is ANSWERED."""
+        cdef Slot *slot = &self.memory.slots[number]
+        cdef uint32_t status = load_acquire(&slot.status)
+        cdef uint32_t length = load_acquire(&slot.length)
+        if status == FAILED:
+            self.failed = True
+        if status == PAGE:
+            if length == PAGE_BYTES:
+                return PAGE, PyBytes_FromStringAndSize(slot.payload, PAGE_BYTES)
+            return REJECTED, "the redo process broke the protocol"
+        text = PyBytes_FromStringAndSize(slot.payload, min(length, <uint32_t> PAGE_BYTES))
+        return status, text.decode(errors="replace")
+
+    cdef bint withdraw(self, int number) noexcept:
+        """Whether a submitted request could be taken back; then abandon() the slot."""
+        cdef uint32_t *p = &self.memory.slots[number].state
+        cdef uint32_t state = load_acquire(p)
+        while state & ~(<uint32_t> WAITED_FOR) == SUBMITTED:
+            if compare_exchange(p, state, WITHDRAWN):
+                return True
+            state = load_acquire(p)
+        return False
+
+    cdef void abandon(self, int number):
+        """End the use of a slot as soon as the process is done with it."""
+        self.abandoned.append(number)
+
+    cdef uint32_t served(self) noexcept:
+        """How many requests have been served, by the account of the process."""
+        return load_acquire(&self.memory.served)
+
+    cdef void note_stall(self) noexcept:
+        """Remember that the process did not get on for some time."""
+        self.stalled = True
+        self.stalled_at = self.served()
+
+    cdef bint is_stalled(self) noexcept:
+        """Whether the process has not got on since note_stall()."""
+        if self.stalled and self.served() != self.stalled_at:
+            self.stalled = False
+        return self.stalled

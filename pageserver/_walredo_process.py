@@ -3,27 +3,29 @@
 import contextlib
 import logging
 import os
+import select
 import shutil
 import struct
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import IO
 
-from pageserver import _walredo_io as io
+from pageserver._walredo_io import CHANNEL_SIZE, RedoChannel
+from pageserver._walredo_queue import RedoQueue
 from postgres_ffi.distrib import PgDistrib
 from zenith_utils.os_user import give, popen_kwargs
 
 logger = logging.getLogger(__name__)
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 DIRECTORY_PREFIX = "process-"
 
-# Bounds of what one caller has answered at a time while others wait.
-_BATCH_REQUESTS = 128
-_BATCH_BYTES = 16 << 20
+_HELLO = struct.Struct("=IIQ")  # Hello in pgxn/walredo/walredo.h
+_LOG_CHUNK = 16384
 
 # Small shared memory, nothing in the background, only WARNING and above on standard error.
 _SETTINGS = {
@@ -49,16 +51,6 @@ class WalRedoError(Exception):
     """A page could not be rebuilt; the message names the page, the LSNs and the reason."""
 
 
-class Request(Protocol):
-    """What a redo process can be asked."""
-
-    def describe(self) -> str:
-        """The request in an error message."""
-
-    def add_to(self, channel: io.RedoChannel) -> None:
-        """Encode the request. Raises ValueError, TypeError or OverflowError."""
-
-
 @dataclass(frozen=True, slots=True)
 class ProcessSettings:
     """Everything needed to start a process."""
@@ -73,16 +65,16 @@ class ProcessSettings:
 
 
 class RedoProcess:
-    """A running redo process, used by one thread at a time."""
+    """A running redo process; `channel` takes its requests.
 
-    def __init__(self, popen: "subprocess.Popen[bytes]", timeout: float) -> None:
-        assert popen.stdin is not None
-        assert popen.stdout is not None
-        assert popen.stderr is not None
-        self._popen = popen
-        self._timeout = timeout
-        self._pipes = (popen.stdin, popen.stdout, popen.stderr)
-        self._channel = io.RedoChannel(*(pipe.fileno() for pipe in self._pipes))
+    The thread that has started it must supervise it: the process ends with that thread.
+    """
+
+    def __init__(self, settings: ProcessSettings, directory: Path) -> None:
+        self._timeout = settings.timeout
+        self.channel = RedoChannel()
+        self._popen = _spawn(settings, directory, self.channel)
+        self.channel.close_file()
 
     @property
     def pid(self) -> int:
@@ -90,89 +82,97 @@ class RedoProcess:
         return self._popen.pid
 
     def wait_ready(self, version_num: int) -> None:
-        """Wait for the process' first frame. Raises WalRedoError with what it complained about."""
-        self._channel.expect_hello()
-        answers, end = self._channel.exchange(self._timeout)
-        if end == io.TIMED_OUT:
+        """Wait for the process' greeting. Raises WalRedoError with what it complained about."""
+        assert self._popen.stdout is not None
+        expected = _HELLO.pack(PROTOCOL_VERSION, version_num, CHANNEL_SIZE)
+        if not _readable(self._popen.stdout, self._timeout):
             raise WalRedoError(f"a redo process did not start within {self._timeout:g} s")
-        if not answers:
-            complaint = self._channel.take_stderr().decode(errors="replace").strip()
+        hello = self._popen.stdout.read(len(expected))
+        self._popen.stdout.close()
+        if not hello:
+            complaint = self._read_log().decode(errors="replace").strip()
             raise WalRedoError(f"a redo process did not start: {complaint or 'it said nothing'}")
-        outcome, payload = answers[0]
-        expected = struct.pack("<II", PROTOCOL_VERSION, version_num)
-        if outcome != io.HELLO or payload != expected:
+        if hello != expected:
             raise WalRedoError(
                 f"server and redo module do not fit this pageserver: the greeting is"
-                f" {payload.hex()}, not {expected.hex()}"
+                f" {hello.hex()}, not {expected.hex()}"
             )
 
-    def serve(self, requests: Sequence[Request]) -> tuple[list[bytes | WalRedoError], int]:
-        """Outcomes of some of the first requests, at least one, and how the exchange ended.
+    def supervise(self, queue: RedoQueue) -> None:
+        """Pass on what Postgres logs until the process ends; kill it when a request times out.
 
-        See RedoChannel.exchange() for the ends and their meaning.
+        The process leaves the queue, and only then its requests are given up.
         """
-        channel = self._channel
-        malformed: dict[int, WalRedoError] = {}
-        taken = 0
-        for request in requests[:_BATCH_REQUESTS]:
-            try:
-                request.add_to(channel)
-            except (ValueError, TypeError, OverflowError) as e:
-                malformed[taken] = WalRedoError(f"redo of {request.describe()}: {e}")
-            taken += 1
-            if channel.pending_bytes > _BATCH_BYTES:
-                break
-        answers, end = channel.exchange(self._timeout)
-        self._forward_log()
+        watch = _Watch(self._timeout)
+        timed_out = None
+        try:
+            while timed_out is None and self._forward_log(watch.interval):
+                timed_out = watch.timed_out(self.channel.oldest())
+        finally:
+            queue.remove(self.channel)
+            self.dispose()
+            self.channel.mark_gone(timed_out)
 
-        outcomes: list[bytes | WalRedoError] = []
-        answered = iter(answers)
-        for i in range(taken):
-            if i in malformed:
-                outcomes.append(malformed[i])
-                continue
-            answer = next(answered, None)
-            if answer is None:
-                break
-            outcomes.append(_outcome(requests[i], *answer))
-        return outcomes, end
+    def _read_log(self) -> bytes:
+        assert self._popen.stderr is not None
+        return self._popen.stderr.read(_LOG_CHUNK)  # what is there: the file is not buffered
 
-    def _forward_log(self) -> None:
-        """Pass on what Postgres has logged."""
-        text = self._channel.take_stderr()
-        if text:
-            for line in text.decode(errors="replace").splitlines():
-                logger.warning("redo process %d: %s", self.pid, line)
+    def _forward_log(self, timeout: float) -> bool:
+        """Wait for something to log; false when the process has ended."""
+        assert self._popen.stderr is not None
+        if not _readable(self._popen.stderr, timeout):
+            return True
+        text = self._read_log()
+        for line in text.decode(errors="replace").splitlines():
+            logger.warning("redo process %d: %s", self.pid, line)
+        return bool(text)
 
     def kill(self) -> None:
-        """End the process; a thread that waits for its answers notices. It has nothing to save."""
+        """End the process; it has nothing to save. Its supervisor notices."""
         self._popen.kill()
 
     def dispose(self) -> None:
-        """Kill, reap and close; only by the thread that uses the process."""
+        """Kill, reap and close."""
         self._popen.kill()
         self._popen.wait()
-        self._forward_log()
-        for pipe in self._pipes:
+        for pipe in (self._popen.stdout, self._popen.stderr):
+            assert pipe is not None
             pipe.close()
 
 
-def _outcome(request: Request, status: int, payload: bytes) -> bytes | WalRedoError:
-    if status == io.PAGE and len(payload) == io.PAGE_SIZE:
-        return payload
-    reason = payload.decode(errors="replace")
-    return WalRedoError(f"redo of {request.describe()} failed: {reason}")
+class _Watch:
+    """Notices when the first request of a line has stayed the first for too long."""
+
+    def __init__(self, timeout: float) -> None:
+        self.interval = timeout / 16
+        self._timeout = timeout
+        self._oldest: int | None = None
+        self._since = 0.0
+
+    def timed_out(self, oldest: int | None) -> int | None:
+        """The position of the oldest request, if its time is over."""
+        now = time.monotonic()
+        if oldest is None or oldest != self._oldest:
+            self._oldest, self._since = oldest, now
+            return None
+        return oldest if now - self._since >= self._timeout else None
+
+
+def _readable(file: IO[bytes], timeout: float) -> bool:
+    poll = select.poll()
+    poll.register(file, select.POLLIN)
+    return bool(poll.poll(timeout * 1000))
 
 
 def start_process(settings: ProcessSettings) -> RedoProcess:
-    """Start a process and wait until it takes requests.
+    """Start a process and wait until it takes requests; for the thread that will supervise it.
 
     Its data directory is gone by then: it has opened all files it needs, and so nothing stays
     behind however it ends. Raises WalRedoError.
     """
     try:
         with _data_directory(settings) as directory:
-            process = _spawn(settings, directory)
+            process = RedoProcess(settings, directory)
             try:
                 process.wait_ready(settings.distrib.version_num)
             except BaseException:
@@ -183,7 +183,9 @@ def start_process(settings: ProcessSettings) -> RedoProcess:
         raise WalRedoError(f"a redo process did not start: {e}") from e
 
 
-def _spawn(settings: ProcessSettings, directory: Path) -> RedoProcess:
+def _spawn(
+    settings: ProcessSettings, directory: Path, channel: RedoChannel
+) -> "subprocess.Popen[bytes]":
     options = _SETTINGS | {
         "shared_preload_libraries": f'"{settings.module}"',
         "wal_log_hints": "on" if settings.wal_log_hints else "off",
@@ -192,9 +194,9 @@ def _spawn(settings: ProcessSettings, directory: Path) -> RedoProcess:
     command = [str(settings.distrib.bin_dir / "postgres"), "--single", "-F", "-D", str(directory)]
     for name, value in options.items():
         command += ["-c", f"{name}={value}"]
-    popen = subprocess.Popen(
+    return subprocess.Popen(
         [*command, "postgres"],
-        stdin=subprocess.PIPE,
+        stdin=channel.fileno(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         bufsize=0,
@@ -202,7 +204,6 @@ def _spawn(settings: ProcessSettings, directory: Path) -> RedoProcess:
         env=_environment(),
         **popen_kwargs(),
     )
-    return RedoProcess(popen, settings.timeout)
 
 
 def _environment() -> dict[str, str]:

@@ -9,20 +9,19 @@ import contextlib
 import logging
 import shutil
 import threading
-from collections import deque
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pageserver import _walredo_io as io
 from pageserver._walredo_process import (
     DIRECTORY_PREFIX,
     ProcessSettings,
     RedoProcess,
-    Request,
     WalRedoError,
     start_process,
 )
+from pageserver._walredo_queue import MaskRequest, RedoQueue
 from postgres_ffi.distrib import PgDistrib
 from zenith_utils.lsn import Lsn
 
@@ -31,6 +30,9 @@ __all__ = ["RedoRequest", "WalRedoClosedError", "WalRedoError", "WalRedoPool"]
 logger = logging.getLogger(__name__)
 
 CONTROL_FILE_SIZE = 8192
+
+# How long the processes that there are must do after a failure to start one more.
+_RETRY_SECONDS = 1.0
 
 
 class WalRedoClosedError(WalRedoError):
@@ -64,56 +66,13 @@ class RedoRequest:
         first, last = Lsn(self.records[0][0]), Lsn(self.records[-1][0])
         return f"{page} with {len(self.records)} records from {first} to {last}"
 
-    def add_to(self, channel: io.RedoChannel) -> None:
-        """Encode the request. Raises ValueError, TypeError or OverflowError."""
-        channel.add_apply(
-            self.spcnode,
-            self.dbnode,
-            self.relnode,
-            self.forknum,
-            self.blkno,
-            self.base,
-            self.records,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _MaskRequest:
-    rmid: int
-    blkno: int
-    page: bytes
-
-    def describe(self) -> str:
-        return f"page {self.blkno}, masked by resource manager {self.rmid},"
-
-    def add_to(self, channel: io.RedoChannel) -> None:
-        channel.add_mask(self.rmid, self.blkno, self.page)
-
-
-class _Waiter:
-    """A thread in the queue for a process; is given one, or an error, exactly once."""
-
-    __slots__ = ("error", "process", "ready")
-
-    def __init__(self) -> None:
-        self.ready = threading.Event()
-        self.process: RedoProcess | None = None
-        self.error: WalRedoError | None = None
-
-    def give(self, process: RedoProcess) -> None:
-        self.process = process
-        self.ready.set()
-
-    def fail(self, error: WalRedoError) -> None:
-        self.error = error
-        self.ready.set()
-
 
 class WalRedoPool:
     """The redo processes of one tenant; thread safe.
 
-    Processes start at first use, one more whenever a caller finds none idle, up to
-    ``max_processes``. Beyond that callers are served in order of arrival.
+    Processes start at first use, and one more when those there are have much to do or do not get
+    on, up to ``max_processes``. A process serves its callers in order of arrival; it does so in
+    turns with those that want many pages or have long chains of records.
 
     ``module`` is the built ``walredo.so``; ``workdir`` a directory for this pool alone, which the
     unprivileged user can reach; ``control_file`` the cluster's pg_control (8192 bytes), which says
@@ -150,14 +109,13 @@ class WalRedoPool:
             sandbox=sandbox,
         )
         self._max_processes = max_processes
+        self._queue = RedoQueue(self._start_another, _failure, timeout)
         self._lock = threading.Lock()
         self._gone = threading.Condition(self._lock)
-        # Processes are idle or in the hands of one thread; waiters exist only if none is idle.
         self._live: set[RedoProcess] = set()
-        self._idle: list[RedoProcess] = []
-        self._waiters: deque[_Waiter] = deque()
         self._starting = 0
         self._started = 0
+        self._next_start = 0.0
         self._closed = False
         _clean_workdir(self._settings.workdir)
 
@@ -171,11 +129,10 @@ class WalRedoPool:
 
         Raises the WalRedoError of the first request that failed, when all have been tried.
         """
-        pages: list[bytes] = []
-        for outcome in self._serve(requests):
-            if isinstance(outcome, WalRedoError):
-                raise outcome
-            pages.append(outcome)
+        pages: list[bytes] = self._queue.serve(requests)
+        for page in pages:
+            if isinstance(page, WalRedoError):
+                raise page
         return pages
 
     def redo_each(self, requests: Sequence[RedoRequest]) -> list[bytes | WalRedoError]:
@@ -183,14 +140,15 @@ class WalRedoPool:
 
         Raises WalRedoError only if no process can be started or the pool is closed.
         """
-        return self._serve(requests)
+        outcomes: list[bytes | WalRedoError] = self._queue.serve(requests)
+        return outcomes
 
     def mask(self, rmid: int, blkno: int, page: bytes) -> bytes:
         """The page with all that WAL does not determine blanked by the resource manager's rm_mask.
 
         Raises WalRedoError.
         """
-        outcome = self._serve([_MaskRequest(rmid, blkno, page)])[0]
+        outcome: bytes | WalRedoError = self._queue.serve([MaskRequest(rmid, blkno, page)])[0]
         if isinstance(outcome, WalRedoError):
             raise outcome
         return outcome
@@ -199,122 +157,32 @@ class WalRedoPool:
         """End all processes and wait for them. Calls under way raise WalRedoClosedError."""
         with self._lock:
             self._closed = True
-            while self._waiters:
-                self._waiters.popleft().fail(WalRedoClosedError())
-            idle, self._idle = self._idle, []
+            self._queue.close(WalRedoClosedError)
             for process in self._live:
                 process.kill()
-        for process in idle:
-            self._discard(process)
-        with self._lock:
             self._gone.wait_for(lambda: not self._live and not self._starting)
         with contextlib.suppress(OSError):
             self._settings.workdir.rmdir()
 
-    def _serve(self, requests: Sequence[Request]) -> list[bytes | WalRedoError]:
-        outcomes: list[bytes | WalRedoError] = []
-        retrying = False
-        while len(outcomes) < len(requests):
-            left = requests[len(outcomes) :]
-            found, end = self._serve_some(left[:1] if retrying else left)
-            outcomes += found
-            if end in (io.COMPLETE, io.GAVE_UP):
-                retrying = False
-            elif end == io.TIMED_OUT or retrying:
-                outcomes.append(self._unanswered(left[len(found)], end))
-                retrying = False
-            else:
-                # Whoever killed the process did not say at which request, and answers may have
-                # got lost with it. So the first request without one is tried again, by itself.
-                retrying = True
-        return outcomes
+    def _start_another(self) -> None:
+        """Start one more process if the limit allows.
 
-    def _serve_some(self, requests: Sequence[Request]) -> tuple[list[bytes | WalRedoError], int]:
-        """Have one process serve some of the first requests."""
-        process = self._acquire()
-        try:
-            outcomes, end = process.serve(requests)
-        except BaseException as e:
-            self._discard(process)
-            if isinstance(e, OSError | ValueError):
-                raise WalRedoError(f"the connection to a redo process broke: {e}") from e
-            raise
-        if end == io.COMPLETE:
-            self._release(process)
-            return outcomes, end
-        self._discard(process)
-        if self._closed:
-            raise WalRedoClosedError
-        return outcomes, end
-
-    def _unanswered(self, request: Request, end: int) -> WalRedoError:
-        what = f"redo of {request.describe()}"
-        if end == io.TIMED_OUT:
-            return WalRedoError(f"{what} timed out after {self._settings.timeout:g} s")
-        return WalRedoError(f"{what} failed: the redo process was killed twice while at it")
-
-    def _acquire(self) -> RedoProcess:
-        """An idle process, now in the caller's hands; waits for one if need be."""
-        with self._lock:
-            if self._closed:
-                raise WalRedoClosedError
-            if self._idle:
-                return self._idle.pop()
-            waiter = _Waiter()
-            self._waiters.append(waiter)
-            self._start_if_wanted()
-        try:
-            waiter.ready.wait()
-        except BaseException:
-            self._withdraw(waiter)
-            raise
-        if waiter.process is None:
-            assert waiter.error is not None
-            raise waiter.error
-        return waiter.process
-
-    def _withdraw(self, waiter: _Waiter) -> None:
-        """Leave the queue, and give back what may have been given in the meantime."""
-        with self._lock, contextlib.suppress(ValueError):
-            self._waiters.remove(waiter)
-        if waiter.process is not None:
-            self._release(waiter.process)
-
-    def _release(self, process: RedoProcess) -> None:
-        """Pass the process on to the first in the queue."""
-        with self._lock:
-            if not self._closed:
-                self._hand_over(process)
-                return
-        self._discard(process)
-
-    def _hand_over(self, process: RedoProcess) -> None:
-        if self._waiters:
-            self._waiters.popleft().give(process)
-        else:
-            self._idle.append(process)
-
-    def _discard(self, process: RedoProcess) -> None:
-        """End a process; somebody in the queue may need another one in its place."""
-        process.dispose()
-        with self._lock:
-            self._live.discard(process)
-            self._start_if_wanted()
-            self._gone.notify_all()
-
-    def _start_if_wanted(self) -> None:
-        """Start one more process if there are waiters for it and the limit allows (lock held).
-
-        In a thread of its own: whoever waits may be served earlier by a process that gets idle.
+        In a thread of its own, which stays with the process: whoever has asked for it may be
+        served earlier by another one.
         """
-        if (
-            self._starting < len(self._waiters)
-            and len(self._live) + self._starting < self._max_processes
-        ):
+        with self._lock:
+            if self._closed or len(self._live) + self._starting >= self._max_processes:
+                return
+            if self._live and time.monotonic() < self._next_start:
+                return
             self._starting += 1
-            threading.Thread(target=self._start, name="wal redo start", daemon=True).start()
+            self._update_may_start()
+        try:
+            threading.Thread(target=self._run_process, name="wal redo", daemon=True).start()
+        except RuntimeError as e:
+            self._start_failed(WalRedoError(f"a redo process did not start: {e}"))
 
-    def _start(self) -> None:
+    def _run_process(self) -> None:
         try:
             process = start_process(self._settings)
         except Exception as e:
@@ -326,19 +194,41 @@ class WalRedoPool:
             self._starting -= 1
             self._started += 1
             self._live.add(process)
-            if not self._closed:
-                self._hand_over(process)
-                return
-        self._discard(process)
+            if self._closed:
+                process.kill()
+            self._queue.add(process.channel)
+            self._update_may_start()
+        try:
+            process.supervise(self._queue)
+        finally:
+            self._forget(process)
+
+    def _forget(self, process: RedoProcess) -> None:
+        """Once the process has ended; those who wait need another one."""
+        with self._lock:
+            self._live.discard(process)
+            self._update_may_start()
+            self._gone.notify_all()
+        if self._queue.waiting:
+            self._start_another()
 
     def _start_failed(self, error: WalRedoError) -> None:
         logger.error("%s", error)
         with self._lock:
             self._starting -= 1
+            self._next_start = time.monotonic() + _RETRY_SECONDS
+            self._update_may_start()
             if not self._live and not self._starting:
-                while self._waiters:
-                    self._waiters.popleft().fail(error)
+                self._queue.fail_waiting(error)
             self._gone.notify_all()
+
+    def _update_may_start(self) -> None:
+        room = len(self._live) + self._starting < self._max_processes
+        self._queue.may_start = room and not self._closed
+
+
+def _failure(request: RedoRequest | MaskRequest, reason: str) -> WalRedoError:
+    return WalRedoError(f"redo of {request.describe()}{reason}")
 
 
 def _clean_workdir(workdir: Path) -> None:

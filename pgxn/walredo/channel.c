@@ -1,242 +1,200 @@
 /*
  * channel.c
- *		Buffered requests in, buffered responses out.
+ *		Requests and responses in memory shared with the client.
  */
 #include "walredo.h"
 
-#include <signal.h>
+#include <linux/futex.h>
+#include <sched.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "miscadmin.h"
+#include "storage/spin.h"
 
-#define INPUT_SIZE		((size_t) 256 * 1024)
-#define OUTPUT_SIZE		((size_t) 256 * 1024)
+/* about what it costs to go to sleep and to be woken, on an idle CPU */
+#define SPIN_NS		20000
 
-static const int input_fd = STDIN_FILENO;
-static int	output_fd = -1;
+static int	hello_fd = -1;
+static Channel *channel;
 
-/* unread input is input[input_pos .. input_len) */
-static char *input;
-static size_t input_size;
-static size_t input_pos;
-static size_t input_len;
-
-/* what the current request still holds beyond what was taken */
+/* the request being served, and what it holds beyond what was taken */
+static Slot *volatile current;
+static RequestHeader request;
+static char *next_item;
 static uint64 request_left;
-static volatile sig_atomic_t in_request = false;
-
-static char *output;
-static volatile size_t output_len;
-
-/* set while a signal handler must not touch the output */
-static volatile sig_atomic_t output_busy = false;
-
-static inline void
-set_output_busy(bool busy)
-{
-	/* the compiler must not move work on the output across this */
-	__atomic_signal_fence(__ATOMIC_SEQ_CST);
-	output_busy = busy;
-	__atomic_signal_fence(__ATOMIC_SEQ_CST);
-}
-
-static void *
-allocate(void *old, size_t size)
-{
-	void	   *p = realloc(old, size);
-
-	if (p == NULL)
-		elog(FATAL, "out of memory for a buffer of %zu bytes", size);
-	return p;
-}
 
 /*
- * Take the protocol's descriptors.  Nothing else may write into the response
- * stream, so standard output becomes a copy of standard error.
+ * Take the protocol's descriptors.  Nothing else may write to the client, so
+ * standard output becomes a copy of standard error.
  */
 void
 channel_open(void)
 {
-	output_fd = dup(STDOUT_FILENO);
-	if (output_fd < 0 || dup2(STDERR_FILENO, STDOUT_FILENO) < 0)
-		elog(FATAL, "could not set up the response stream: %m");
-	input = allocate(NULL, INPUT_SIZE);
-	input_size = INPUT_SIZE;
-	output = allocate(NULL, OUTPUT_SIZE);
+	struct stat st;
+
+	hello_fd = dup(STDOUT_FILENO);
+	if (hello_fd < 0 || dup2(STDERR_FILENO, STDOUT_FILENO) < 0)
+		elog(FATAL, "could not set up standard output: %m");
+	if (fstat(STDIN_FILENO, &st) != 0 || st.st_size != sizeof(Channel))
+		elog(FATAL, "standard input is not a channel of %zu bytes", sizeof(Channel));
+	channel = mmap(NULL, sizeof(Channel), PROT_READ | PROT_WRITE, MAP_SHARED, STDIN_FILENO, 0);
+	if (channel == MAP_FAILED)
+		elog(FATAL, "could not map the channel: %m");
 }
 
+void
+channel_say_hello(void)
+{
+	Hello		hello = {WALREDO_PROTOCOL_VERSION, PG_VERSION_NUM, sizeof(Channel)};
+
+	if (write(hello_fd, &hello, sizeof(hello)) != sizeof(hello))
+		_exit(1);				/* the client is gone */
+}
+
+static inline uint32
+load(const uint32 *p)
+{
+	return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+}
+
+static int64
+now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec * INT64CONST(1000000000) + now.tv_nsec;
+}
+
+/*
+ * Look out for a request for as long as it costs to go to sleep and be woken.
+ * That would only keep the client from running if it is on this CPU.
+ */
 static void
-write_all(const char *p, size_t n)
+watch_line(uint32 served)
 {
-	while (n > 0)
-	{
-		ssize_t		done = write(output_fd, p, n);
+	int64		end;
 
-		if (done < 0)
-		{
-			if (errno == EINTR)
-				continue;
-			_exit(1);			/* the client is gone */
-		}
-		p += done;
-		n -= done;
-	}
-}
-
-void
-channel_flush(void)
-{
-	set_output_busy(true);
-	write_all(output, output_len);
-	output_len = 0;
-	set_output_busy(false);
-}
-
-/*
- * Send complete responses from a signal handler that interrupted redo.  If it
- * interrupted this file instead, the interrupted code will send them.
- */
-void
-channel_flush_from_signal(void)
-{
-	if (!output_busy && output_fd >= 0)
-		channel_flush();
-}
-
-void
-respond(uint32 status, const void *payload, size_t length)
-{
-	ResponseHeader header;
-
-	header.length = length;
-	header.status = status;
-	Assert(sizeof(header) + length <= OUTPUT_SIZE);
-	if (output_len + sizeof(header) + length > OUTPUT_SIZE)
-		channel_flush();
-	set_output_busy(true);
-	memcpy(output + output_len, &header, sizeof(header));
-	memcpy(output + output_len + sizeof(header), payload, length);
-	output_len += sizeof(header) + length;
-	set_output_busy(false);
-}
-
-/* Report the failure of the current request; async-signal-safe. */
-void
-respond_failed(const char *message)
-{
-	if (!request_in_progress() || output_busy)
+	if (channel->client_cpu == channel->cpu)
 		return;
-	respond(RESPONSE_FAILED, message, strnlen(message, 4096));
-	channel_flush();
+	end = now_ns() + SPIN_NS;
+	while (load(&channel->submitted) == served && now_ns() < end)
+		SPIN_DELAY();
 }
 
-/*
- * Make n unread bytes available at input + input_pos.  False at end of file.
- */
+/* Wait until there is a request that has not been served. */
+static void
+wait_for_line(uint32 served)
+{
+	watch_line(served);
+	while (load(&channel->submitted) == served)
+	{
+		/* announce it, look again, and only then sleep: no request is missed */
+		__atomic_store_n(&channel->sleeping, 1, __ATOMIC_SEQ_CST);
+		if (__atomic_load_n(&channel->submitted, __ATOMIC_SEQ_CST) == served)
+			syscall(SYS_futex, &channel->sleeping, FUTEX_WAIT, 1, NULL, NULL, 0);
+		__atomic_store_n(&channel->sleeping, 0, __ATOMIC_RELAXED);
+	}
+}
+
+/* Take a slot for serving.  False if its request has been withdrawn. */
 static bool
-fill(size_t n)
+take_slot(Slot *slot)
 {
-	if (input_len - input_pos >= n)
-		return true;
-	if (input_pos + n > input_size || input_pos == input_len)
-	{
-		memmove(input, input + input_pos, input_len - input_pos);
-		input_len -= input_pos;
-		input_pos = 0;
-	}
-	if (n > input_size)
-	{
-		input = allocate(input, n);
-		input_size = n;
-	}
-	while (input_len - input_pos < n)
-	{
-		ssize_t		got;
+	uint32		state = load(&slot->state);
 
-		if (output_len > 0)
-			channel_flush();	/* the client may be waiting for these */
-		got = read(input_fd, input + input_len, input_size - input_len);
-		if (got == 0)
-			return false;
-		if (got < 0)
+	while ((state & ~SLOT_WAITED_FOR) == SLOT_SUBMITTED)
+	{
+		if (__atomic_compare_exchange_n(&slot->state, &state,
+										SLOT_TAKEN | (state & SLOT_WAITED_FOR), false,
+										__ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE))
+			return true;
+	}
+	return false;
+}
+
+/* Give a slot back to the client.  Async-signal-safe. */
+static void
+release_slot(Slot *slot)
+{
+	channel->cpu = sched_getcpu();
+	__atomic_store_n(&channel->served, channel->served + 1, __ATOMIC_RELEASE);
+	if (__atomic_exchange_n(&slot->state, SLOT_ANSWERED, __ATOMIC_ACQ_REL) & SLOT_WAITED_FOR)
+		syscall(SYS_futex, &slot->state, FUTEX_WAKE, 1, NULL, NULL, 0);
+}
+
+/* Wait for the next request.  The result is valid until the next call. */
+const RequestHeader *
+request_wait(void)
+{
+	for (;;)
+	{
+		Slot	   *slot;
+
+		wait_for_line(channel->served);
+		slot = &channel->slots[channel->line[channel->served % CHANNEL_SLOTS] % CHANNEL_SLOTS];
+		if (!take_slot(slot))
 		{
-			if (errno == EINTR)
-				continue;
-			elog(FATAL, "could not read a request: %m");
+			release_slot(slot);
+			continue;
 		}
-		input_len += got;
+		request = slot->request;
+		request_left = Min(request.length, sizeof(slot->items));
+		next_item = slot->items;
+		current = slot;
+		return &request;
 	}
-	return true;
-}
-
-/*
- * Next n bytes of the stream.  They stay valid until the next call, because
- * only fill() moves the buffer's content.
- */
-static void *
-take(size_t n)
-{
-	void	   *p;
-
-	if (!fill(n))
-		_exit(0);				/* the client is gone: nobody to answer */
-	p = input + input_pos;
-	input_pos += n;
-	return p;
-}
-
-/* Wait for the next request.  False when the client has closed the stream. */
-bool
-request_begin(RequestHeader *header)
-{
-	if (!fill(sizeof(*header)))
-		return false;
-	memcpy(header, take(sizeof(*header)), sizeof(*header));
-	request_left = header->length;
-	in_request = true;
-	return true;
 }
 
 /*
  * Take the next item of the current request.  The result is MAXALIGNed and
- * valid until the next call.  NULL if the request does not hold that much.
+ * valid until the response.  NULL if the request does not hold that much.
  */
 void *
 request_take(size_t size)
 {
 	size_t		padded = MAXALIGN(size);
+	void	   *item = next_item;
 
 	if (padded < size || padded > request_left)
 		return NULL;
 	request_left -= padded;
-	return take(padded);
+	next_item += padded;
+	return item;
 }
 
-/* Skip what is left of the current request. */
-void
-request_end(void)
-{
-	while (request_left > 0)
-	{
-		size_t		n = Min(request_left, INPUT_SIZE);
-
-		(void) take(n);
-		request_left -= n;
-	}
-	in_request = false;
-	if (input_size > INPUT_SIZE && input_len - input_pos <= INPUT_SIZE)
-	{
-		/* a huge record has come and gone */
-		memmove(input, input + input_pos, input_len - input_pos);
-		input_len -= input_pos;
-		input_pos = 0;
-		input = allocate(input, INPUT_SIZE);
-		input_size = INPUT_SIZE;
-	}
-}
-
+/* Whether there is a request without a response. */
 bool
 request_in_progress(void)
 {
-	return in_request;
+	return current != NULL;
+}
+
+/* Answer the current request: from here on its slot is the client's. */
+void
+respond(uint32 status, const void *payload, size_t length)
+{
+	Slot	   *slot = current;
+
+	Assert(length <= sizeof(slot->payload));
+	memcpy(slot->payload, payload, length);
+	slot->status = status;
+	slot->length = length;
+
+	/* a crash from here on is not the fault of this request any more */
+	current = NULL;
+	__atomic_signal_fence(__ATOMIC_SEQ_CST);
+	release_slot(slot);
+}
+
+/* Report the failure of the current request, if any.  Async-signal-safe. */
+void
+respond_failed(const char *message)
+{
+	if (current != NULL)
+		respond(RESPONSE_FAILED, message, strnlen(message, 4096));
 }

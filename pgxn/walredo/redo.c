@@ -296,7 +296,7 @@ apply_records(const RequestHeader *request, const TargetPage *target, XLogRecPtr
 }
 
 static void
-send_target(const TargetPage *target, XLogRecPtr end_lsn)
+send_target(const TargetPage *target, XLogRecPtr end_lsn, bool more)
 {
 	Buffer		buffer = scratch_find_page(TARGET, target->buffer_forknum, target->blkno);
 	Page		page = BufferGetPage(buffer);
@@ -304,7 +304,7 @@ send_target(const TargetPage *target, XLogRecPtr end_lsn)
 	if (buffer != target->buffer)
 		elog(ERROR, "the page was evicted");
 	/* A lower LSN can be right: some records only touch other parts of a page. */
-	if (end_lsn != 0 && PageGetLSN(page) > end_lsn)
+	if (!more && end_lsn != 0 && PageGetLSN(page) > end_lsn)
 		elog(ERROR, "the page's LSN %X/%X is beyond its last record: the base image is too new",
 			 LSN_FORMAT_ARGS(PageGetLSN(page)));
 	respond(RESPONSE_PAGE, page, BLCKSZ);
@@ -320,7 +320,7 @@ redo_apply(const RequestHeader *request)
 {
 	TargetPage	target;
 	MemoryContext old;
-	XLogRecPtr	end_lsn = 0;
+	XLogRecPtr	end_lsn = request->after_lsn;
 	const char *base = NULL;
 	const char *reason;
 
@@ -343,9 +343,14 @@ redo_apply(const RequestHeader *request)
 	reason = apply_records(request, &target, &end_lsn);
 	MemoryContextSwitchTo(old);
 	if (reason == NULL)
-		send_target(&target, end_lsn);
-	for (int i = 0; i < NSCRATCH; i++)
-		scratch_drop(i);
+		send_target(&target, end_lsn, request->more);
+	scratch_drop(TARGET);
+	if (reason != NULL)
+	{
+		/* otherwise every record has dropped what it used */
+		scratch_drop(INIT);
+		scratch_drop(DONE);
+	}
 	return reason;
 }
 

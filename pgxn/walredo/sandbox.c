@@ -17,7 +17,6 @@
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
-#include <sys/time.h>
 #include <unistd.h>
 
 #if defined(__x86_64__)
@@ -28,44 +27,16 @@
 #error "the system call filter does not know this architecture"
 #endif
 
-static pid_t parent;
-
-/* ------------------------------------------------------------------ */
-/* Watching the client                                                */
-/* ------------------------------------------------------------------ */
-
 /*
- * Runs after every second of CPU time.  A process that waits for input sees
- * the end of file when its client dies, one that is stuck in a record does
- * not.  And once a request takes this long, its predecessors' answers must
- * not wait for it: the client blames the first request without an answer.
+ * Die with the client, whether asleep or stuck in a record.  The kernel counts
+ * as client the thread that has started us; it stays as long as we do.  Should
+ * it have ended already, then nobody reads our hello.
  */
-static void
-on_cpu_timer(int signo)
-{
-	int			save_errno = errno;
-
-	if (getppid() != parent)
-		_exit(1);
-	if (request_in_progress())
-		channel_flush_from_signal();
-	errno = save_errno;
-}
-
 void
-sandbox_watch_parent(void)
+sandbox_end_with_client(void)
 {
-	struct itimerval interval = {{1, 0}, {1, 0}};
-	struct sigaction action = {.sa_handler = on_cpu_timer, .sa_flags = SA_RESTART};
-	sigset_t	timer;
-
-	parent = getppid();
-	sigemptyset(&timer);
-	sigaddset(&timer, SIGPROF);
-	if (sigaction(SIGPROF, &action, NULL) != 0 ||
-		sigprocmask(SIG_UNBLOCK, &timer, NULL) != 0 ||
-		setitimer(ITIMER_PROF, &interval, NULL) != 0)
-		elog(FATAL, "could not start the CPU timer: %m");
+	if (prctl(PR_SET_PDEATHSIG, SIGKILL) != 0)
+		elog(FATAL, "could not tie the process to its client: %m");
 	signal(SIGPIPE, SIG_IGN);
 }
 
@@ -89,7 +60,7 @@ append_number(char *p, unsigned int n)
 	return p;
 }
 
-/* Tell the client which request killed us, after the answers before it. */
+/* Tell the client which request killed us, and how. */
 static void
 on_crash(int signo, siginfo_t *info, void *context)
 {
@@ -136,7 +107,7 @@ sandbox_catch_crashes(void)
 
 /*
  * Enough to compute, to allocate, to read files that are open already, to
- * answer and to die.  No descriptor can be made any more.
+ * answer, to log and to die.  No descriptor can be made any more.
  */
 static const int allowed_calls[] = {
 	SYS_read, SYS_pread64, SYS_write, SYS_writev, SYS_lseek,

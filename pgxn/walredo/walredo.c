@@ -99,7 +99,6 @@ serve_request(const RequestHeader *request)
 static void
 serve(void)
 {
-	RequestHeader request;
 	sigjmp_buf	on_error;
 
 	if (sigsetjmp(on_error, 0) != 0)
@@ -114,23 +113,19 @@ serve(void)
 	}
 	PG_exception_stack = &on_error;
 
-	while (request_begin(&request))
+	for (;;)
 	{
-		const char *reason = serve_request(&request);
+		const RequestHeader *request = request_wait();
+		const char *reason = serve_request(request);
 
 		if (reason != NULL)
 			respond(RESPONSE_REJECTED, reason, strnlen(reason, 4096));
-		request_end();
 	}
-	channel_flush();
-	_exit(0);
 }
 
 void
 _PG_init(void)
 {
-	uint32		hello[2] = {WALREDO_PROTOCOL_VERSION, PG_VERSION_NUM};
-
 	if (!process_shared_preload_libraries_in_progress || IsUnderPostmaster ||
 		IsPostmasterEnvironment)
 		elog(FATAL, "walredo can only be preloaded by \"postgres --single\"");
@@ -144,10 +139,10 @@ _PG_init(void)
 	redo_startup();
 	emit_log_hook = report_death;
 
-	sandbox_watch_parent();
+	sandbox_end_with_client();
 	sandbox_catch_crashes();
 	if (use_sandbox)
 		sandbox_enter();
-	respond(RESPONSE_HELLO, hello, sizeof(hello));
+	channel_say_hello();
 	serve();
 }

@@ -1,15 +1,21 @@
-"""Speed of WAL redo: one page at a time, and in pipelined batches.
+"""Speed of WAL redo: one page at a time, in batches, and for several callers at once.
 
 Run as a script. Records come from a small workload on a server of its own, so chains are real:
-heap updates, btree insertions, and page images as CREATE INDEX logs them, 32 in one record.
+heap updates, btree insertions, page images as CREATE INDEX logs them, 32 in one record, and one
+row that is updated over and over. What is measured is `WalRedoPool.redo()`: from the pageserver to
+a redo process and back.
 """
 
+import resource
 import shutil
 import statistics
 import struct
 import subprocess
+import sys
 import tempfile
+import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from pageserver.walredo import RedoRequest, WalRedoPool
@@ -22,6 +28,11 @@ from zenith_utils.os_user import give, popen_kwargs
 
 BATCH = 64
 LENGTHS = (1, 5, 20, 100)
+LONG = (100, 1000, 10_000)
+CALLERS = (1, 2, 8)
+ROUNDS = 5
+ROUND_SECONDS = 0.5
+SWITCH_INTERVAL = 0.0005  # that of the pageserver
 SETTINGS = {"fsync": "off", "full_page_writes": "off", "autovacuum": "off", "wal_keep_size": "4GB"}
 WORKLOAD = (
     "CREATE TABLE t (id int, n int, filler char(80)) WITH (fillfactor = 50);\n\n"
@@ -31,6 +42,8 @@ WORKLOAD = (
     + "CREATE TABLE keys (id int PRIMARY KEY);\n\n"
     "INSERT INTO keys SELECT g * 7919 % 200003 FROM generate_series(1, 60000) g;\n\n"
     "CREATE INDEX images ON keys USING spgist ((md5(id::text)));\n\n"
+    "CREATE TABLE one (n int);\n\n"
+    "INSERT INTO one VALUES (0);\n\n" + "UPDATE one SET n = n + 1;\n\n" * max(LONG)
 )
 
 Chain = list[tuple[int, bytes]]
@@ -120,8 +133,99 @@ def measure(pool: WalRedoPool, requests: list[RedoRequest]) -> tuple[float, floa
     return quantiles[49], quantiles[98], BATCH / best
 
 
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What several callers got in one round; CPU times are microseconds per page."""
+
+    rate: float
+    cpu: float
+    redo_cpu: float
+    switches: float
+
+
+def redo_cpu(pool: WalRedoPool) -> float:
+    """CPU time of the pool's processes in seconds."""
+    return sum(
+        int(Path(f"/proc/{process.pid}/schedstat").read_text().split()[0]) / 1e9
+        for process in pool._live
+    )
+
+
+def measure_callers(
+    pool: WalRedoPool, requests: list[RedoRequest], callers: int, batch: int
+) -> Load:
+    """One round of so many threads, each of which asks for batches in a loop."""
+    counts = [0] * callers
+    start = threading.Barrier(callers + 1)
+    stop = threading.Event()
+
+    def call(caller: int) -> None:
+        shift = caller * len(requests) // callers
+        own = (requests[shift:] + requests[:shift]) * (batch // len(requests) + 1)
+        batches = [own[i : i + batch] for i in range(0, len(own) - batch + 1, batch)]
+        start.wait()
+        while not stop.is_set():
+            for group in batches:
+                pool.redo(group)
+                counts[caller] += batch
+
+    threads = [threading.Thread(target=call, args=(caller,)) for caller in range(callers)]
+    for thread in threads:
+        thread.start()
+    start.wait()
+    before, redo_before = resource.getrusage(resource.RUSAGE_SELF), redo_cpu(pool)
+    started = time.perf_counter()
+    time.sleep(ROUND_SECONDS)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    seconds = time.perf_counter() - started
+    after, pages = resource.getrusage(resource.RUSAGE_SELF), sum(counts)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    switches = after.ru_nvcsw + after.ru_nivcsw - before.ru_nvcsw - before.ru_nivcsw
+    return Load(
+        pages / seconds,
+        cpu / pages * 1e6,
+        (redo_cpu(pool) - redo_before) / pages * 1e6,
+        switches / pages,
+    )
+
+
+def report_callers(pool: WalRedoPool, name: str, requests: list[RedoRequest]) -> None:
+    """One line per number of callers and size of batches; rounds alternate between them."""
+    cases = [(callers, batch) for batch in (1, BATCH) for callers in CALLERS]
+    rounds = [
+        {case: measure_callers(pool, requests, *case) for case in cases} for _ in range(ROUNDS)
+    ]
+    for callers, batch in cases:
+        loads = [loads[callers, batch] for loads in rounds]
+        best = max(loads, key=lambda load: load.rate)
+        ratio = best.rate / max(loads[1, batch].rate for loads in rounds)
+        print(
+            f"{name:<18}{callers:>8}{batch:>6}{best.rate:>10,.0f}"
+            f"{statistics.median(load.rate for load in loads):>10,.0f}{ratio:>7.2f}"
+            f"{best.cpu:>12.1f}{best.redo_cpu:>8.1f}{best.switches:>10.2f}"
+        )
+
+
+def report_long_chain(pool: WalRedoPool, rel: RelTag, chain: Chain) -> None:
+    """The time of one page, for growing parts of its chain."""
+    for length in LONG:
+        request = RedoRequest(*rel, 0, None, chain[:length])
+        times = []
+        for _ in range(7):
+            started = time.perf_counter()
+            pool.redo([request])
+            times.append((time.perf_counter() - started) * 1e6)
+        print(
+            f"{f'one row x {length}':<18}{min(times):>10,.0f}{statistics.median(times):>10,.0f}"
+            f"{min(times) / length:>12.2f}"
+        )
+
+
 def main() -> None:
-    """Print one line per kind of chain."""
+    """Print one line per measurement."""
+    sys.setswitchinterval(SWITCH_INTERVAL)
     distrib = find_distrib()
     root = Path(tempfile.mkdtemp(prefix="bench-walredo-"))
     root.chmod(0o755)
@@ -135,16 +239,26 @@ def main() -> None:
         pool.redo([RedoRequest(1663, 1, 1, 0, 0, None, [])])
         print(f"start to first answer: {(time.perf_counter() - started) * 1e3:.0f} ms")
         print(f"{'chain':<18}{'p50 us':>8}{'p99 us':>8}{'pages/s in batches of ' + str(BATCH):>30}")
-        cases = [
-            (r.name.lower(), n, requests_of(pool, chains, r, n))
+        cases = {
+            f"{r.name.lower()} x {n}": requests_of(pool, chains, r, n)
             for r in (Rmgr.HEAP, Rmgr.BTREE)
             for n in LENGTHS
-        ]
-        cases.append(("one image of 32", 1, image_requests(chains)))
-        for name, length, requests in cases:
-            if requests:
-                p50, p99, rate = measure(pool, requests)
-                print(f"{f'{name} x {length}':<18}{p50:>8.1f}{p99:>8.1f}{rate:>30,.0f}")
+        }
+        cases["one image of 32"] = image_requests(chains)
+        for name, requests in cases.items():
+            p50, p99, rate = measure(pool, requests)
+            print(f"{name:<18}{p50:>8.1f}{p99:>8.1f}{rate:>30,.0f}")
+
+        print(
+            f"\n{'chain':<18}{'callers':>8}{'batch':>6}{'pages/s':>10}{'median':>10}{'ratio':>7}"
+            f"{'us CPU/page':>12}{'redo':>8}{'switches':>10}"
+        )
+        for name in ("heap x 1", "heap x 20", "btree x 20"):
+            report_callers(pool, name, cases[name])
+
+        print(f"\n{'chain':<18}{'best us':>10}{'median':>10}{'us/record':>12}")
+        (rel, _), chain = max(chains.items(), key=lambda item: len(item[1]))
+        report_long_chain(pool, rel, chain)
         pool.close()
     finally:
         shutil.rmtree(root)
