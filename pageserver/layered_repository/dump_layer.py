@@ -7,14 +7,16 @@ import sys
 from pathlib import Path
 from typing import Final, TextIO
 
-from pageserver.layered_repository.errors import CorruptLayerError
-from pageserver.layered_repository.layer_file import LayerFile
+from pageserver.layered_repository.errors import CorruptLayerError, FormatVersionError
+from pageserver.layered_repository.layer_file import LayerFile, LayerStats
 from pageserver.layered_repository.layer_name import LayerName
 from zenith_utils.ids import TenantId, TimelineId
 from zenith_utils.lsn import lsn_text
+from zenith_utils.zstd import ZstdUnavailable
 
 _IDS_OFFSET: Final = 16
 _IDS_END: Final = 48
+_CODECS: Final = {0: "no codec", 1: "zstd"}
 
 
 def open_layer(path: Path) -> tuple[LayerFile, TenantId, TimelineId]:
@@ -35,17 +37,40 @@ def open_layer(path: Path) -> tuple[LayerFile, TenantId, TimelineId]:
 
 
 def dump(path: Path, out: TextIO, *, values: bool = False) -> None:
-    """Print the header and every entry, with `values` their bytes too; verifies all checksums."""
+    """Verify the whole file, then print what it is made of and every entry.
+
+    With `values` their bytes too. Raises what open_layer() and LayerFile.verify() do.
+    """
     layer, tenant, timeline = open_layer(path)
+    stats = layer.verify()
     kind = "image" if layer.is_image else "delta"
     print(f"{kind} layer of tenant {tenant} timeline {timeline}", file=out)
     print(f"keys {layer.key_start.hex().upper()} to {layer.key_end.hex().upper()}", file=out)
     print(f"LSNs {lsn_text(layer.start_lsn)} to {lsn_text(layer.end_lsn)}", file=out)
-    print(", ".join(f"{what} {number}" for what, number in layer.describe().items()), file=out)
+    for line in _statistics(stats, layer.describe()):
+        print(line, file=out)
     for key, lsn, flags, data in layer.entries():
         init = " will_init" if flags & 1 else ""
         line = f"{key.hex().upper()} {lsn_text(lsn)} kind {flags >> 1}{init} {len(data)} bytes"
         print(f"{line} {data.hex()}" if values else line, file=out)
+
+
+def _statistics(stats: LayerStats, header: dict[str, int]) -> list[str]:
+    stored, index = header["stored_bytes"], header["packed_index_bytes"]
+    codec = _CODECS[header["codec"]]
+    return [
+        f"{stats.size} bytes: {stats.entries} entries of {stats.keys} keys",
+        f"values: {stats.value_bytes} bytes in {stored} ({_ratio(stats.value_bytes, stored)}), "
+        f"{codec} in {stats.packed_blocks} of {stats.value_blocks} blocks "
+        f"of up to {header['block_target']} bytes",
+        f"index: {stats.leaves} leaves, {header['index_bytes']} bytes in {index} "
+        f"({_ratio(header['index_bytes'], index)})",
+        f"filter of {stats.filter_lines} lines" if stats.filter_lines else "no filter",
+    ]
+
+
+def _ratio(plain: int, stored: int) -> str:
+    return f"{plain / stored:.2f} to 1" if stored else "empty"
 
 
 def main() -> None:
@@ -56,7 +81,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         dump(options.file, sys.stdout, values=options.values)
-    except (ValueError, OSError, CorruptLayerError) as error:
+    except (ValueError, OSError, CorruptLayerError, FormatVersionError, ZstdUnavailable) as error:
         sys.exit(str(error))
 
 

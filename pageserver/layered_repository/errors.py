@@ -35,6 +35,20 @@ class CorruptMetadataError(CorruptFileError):
     """The metadata file of a timeline does not hold what was written to it."""
 
 
+class FormatVersionError(StoreError):
+    """A file was written by a program with another format of files."""
+
+    def __init__(self, path: Path | str, found: int, supported: int) -> None:
+        super().__init__(f"{path}: format version {found}, this program reads {supported}")
+        self.path = Path(path)
+        self.found = found
+        self.supported = supported
+
+
+class LayerGoneError(StoreError):
+    """A layer file was removed before it could be read; the current layer map knows others."""
+
+
 class TimelineNotFound(StoreError):
     """The timeline is not in the repository."""
 

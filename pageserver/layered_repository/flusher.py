@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pageserver.layered_repository.errors import TimelineStopped
+from pageserver.layered_repository.inmemory_layer import InMemoryLayer
 
 if TYPE_CHECKING:
     from pageserver.layered_repository.timeline import Timeline
@@ -31,7 +33,8 @@ class LayerFlusher:
     def wake(self) -> None:
         """Have the frozen layers flushed in the background."""
         with self._state_lock:
-            if self._thread is None and not self._stopping.is_set():
+            idle = self._thread is None and not self._stopping.is_set()
+            if idle and self._timeline.layer_set.oldest_frozen() is not None:
                 self._thread = threading.Thread(
                     target=self._run, name=f"flush {self._timeline.timeline_id}", daemon=True
                 )
@@ -42,11 +45,17 @@ class LayerFlusher:
 
         Raises OSError, TimelineStopped.
         """
+        frozen = self._timeline.view.frozen
+        end_lsn = frozen[0].end_lsn if frozen else 0
         with self._flush_lock:
-            while (layer := self._timeline.oldest_frozen()) is not None:
+            while True:
+                layer = self._timeline.layer_set.oldest_frozen()
+                if layer is None or layer.end_lsn > end_lsn:
+                    return
                 if self._stopping.is_set():
                     raise TimelineStopped(f"timeline {self._timeline.timeline_id} was shut down")
-                self._timeline.flush_layer(layer)
+                with self._timeline.context.resources.measure("layer flush", self._timeline):
+                    self._flush_layer(layer)
 
     def join(self) -> None:
         """Stop after the layer in progress and wait for the thread and for callers of `flush`."""
@@ -57,6 +66,27 @@ class LayerFlusher:
             thread = self._thread
         if thread is not None:
             thread.join()
+
+    def _flush_layer(self, layer: InMemoryLayer) -> None:
+        """Write the oldest frozen layer: its files, the metadata, then the readers' view.
+
+        A crash or an error in between leaves files beyond disk_consistent_lsn, which the next
+        start sets aside and the next attempt overwrites. The metadata comes last of what is
+        written: once it says so the WAL need not come again.
+        """
+        timeline = self._timeline
+        timeline.persist()
+        files = timeline.directory.write_frozen(layer)
+        timeline.metadata.update(
+            lambda metadata: replace(
+                metadata,
+                disk_consistent_lsn=layer.end_lsn - 1,
+                prev_record_lsn=layer.prev_record_lsn,
+                latest_gc_cutoff_lsn=timeline.latest_gc_cutoff_lsn,
+            )
+        )
+        timeline.layer_set.flushed(files)
+        timeline.context.resources.memory.flushed(timeline, layer.memory_size)
 
     def _run(self) -> None:
         while True:
@@ -73,6 +103,6 @@ class LayerFlusher:
                 self._stopping.wait(self._timeline.settings.flush_retry_interval)
             with self._state_lock:
                 # Whoever freezes a layer after this look finds no thread and starts one.
-                if self._stopping.is_set() or self._timeline.oldest_frozen() is None:
+                if self._stopping.is_set() or self._timeline.layer_set.oldest_frozen() is None:
                     self._thread = None
                     return

@@ -11,15 +11,20 @@ takes a lock:
   a release store. The old one is kept until the layer goes, for readers that still walk it: it
   holds everything put before it was replaced, and a reader asks only for LSNs that were published
   before it began.
-- Readers pick entries by LSN. What a batch has put so far lies above the published LSN, so a
-  half-written batch is never seen.
+- Deleted ranges of keys are in a tree that is replaced as a whole, see range_tombstones.pyx.
+- Readers pick entries and deletions by LSN. What a batch has put so far lies above the published
+  LSN, so a half-written batch is never seen.
+- Chunks of values may move to a file while they are read, see value_chunks.pyx.
 
-For one key at one LSN the last put replaces the earlier ones. Puts of a key go up in LSN.
+For one key at one LSN the last put replaces the earlier ones. Puts of a key go up in LSN. A range
+deleted at LSN T is like an image layer at T without keys: what was put at or below T does not count
+for reads at or above T. So it takes no further value at T itself, and none below: the image layer
+that a flush makes of it would hide them.
 """
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy
+from libc.string cimport memset
 
+from pageserver.layered_repository.ephemeral_file cimport EphemeralFile, ReadWindow, window_free
 from pageserver.layered_repository.key cimport (
     KEY_SIZE,
     WILL_INIT,
@@ -29,123 +34,67 @@ from pageserver.layered_repository.key cimport (
     key_load,
     key_parse,
 )
+from pageserver.layered_repository.key_table cimport (
+    FIRST_TABLE_SLOTS,
+    Table,
+    key_tag,
+    table_free,
+    table_grown,
+    table_new,
+)
+from pageserver.layered_repository.layer_memory cimport (
+    layer_load,
+    layer_load_pointer,
+    layer_map_huge,
+    layer_map_pages,
+    layer_store,
+    layer_store_pointer,
+    layer_unmap_pages,
+)
+from pageserver.layered_repository.range_tombstones cimport (
+    RangeTombstones,
+    Tombstone,
+    newest_covering,
+)
 from pageserver.layered_repository.read_batch cimport Query, ReadBatch
-
-cdef extern from *:
-    """
-    #include <stdint.h>
-    #include <stddef.h>
-    #include <sys/mman.h>
-
-    /* Fresh zeroed pages straight from the system: untouched ones cost nothing and freed ones
-       leave the process at once. */
-    static void *layer_map_pages(size_t size)
-    {
-        void *p = mmap(NULL, size, PROT_READ | PROT_WRITE,
-                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        return p == MAP_FAILED ? NULL : p;
-    }
-    /* A multiple of 2 MB that will be filled from end to end: huge pages, if there are any, save
-       most of the page faults, which otherwise take longer than filling the memory. */
-    static void *layer_map_huge(size_t size)
-    {
-        const size_t huge = (size_t) 2 << 20;
-        char *p = (char *) layer_map_pages(size + huge), *aligned;
-        if (p == NULL)
-            return NULL;
-        aligned = (char *) (((uintptr_t) p + huge - 1) & ~(uintptr_t) (huge - 1));
-        if (aligned > p)
-            munmap(p, (size_t) (aligned - p));
-        if (aligned < p + huge)
-            munmap(aligned + size, (size_t) (p + huge - aligned));
-    #ifdef MADV_HUGEPAGE
-        (void) madvise(aligned, size, MADV_HUGEPAGE);
-    #endif
-        return aligned;
-    }
-    static void layer_unmap_pages(void *p, size_t size) { if (p) munmap(p, size); }
-
-    static inline uint64_t layer_load(const uint64_t *p)
-    { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
-    static inline void layer_store(uint64_t *p, uint64_t v)
-    { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
-    #define layer_load_pointer(p) __atomic_load_n(&(p), __ATOMIC_ACQUIRE)
-    #define layer_store_pointer(p, v) __atomic_store_n(&(p), (v), __ATOMIC_RELEASE)
-    """
-    void *layer_map_pages(size_t size) noexcept nogil
-    void *layer_map_huge(size_t size) noexcept nogil
-    void layer_unmap_pages(void *p, size_t size) noexcept nogil
-    uint64_t layer_load(const uint64_t *p) noexcept nogil
-    void layer_store(uint64_t *p, uint64_t v) noexcept nogil
-    Table *layer_load_pointer(Table *p) noexcept nogil
-    void layer_store_pointer(Table *p, Table *v) noexcept nogil
+from pageserver.layered_repository.value_chunks cimport MAX_VALUE_SIZE, ValueChunks
 
 cdef enum:
     HUGE_PAGE = 2 << 20
-    MAX_CHUNKS = 65536
-    FIRST_CHUNK_SIZE = 1 << 18        # what an idle branch takes for a few values stays small
-    CHUNK_SIZE = HUGE_PAGE
-    OWN_CHUNK_SIZE = 1 << 18          # a value from this size on has a chunk of its own
-    MAX_VALUE_SIZE = 1 << 30
+    PAGE_SIZE = 4096
     ENTRIES_PER_CHUNK = 43690         # HUGE_PAGE // sizeof(Entry)
     MAX_ENTRY_CHUNKS = 98305          # for 2^32 entries
-    FIRST_TABLE_SLOTS = 1024
 
 cdef uint64_t MAX_ENTRIES = 0xFFFFFFFEU
-
-
-cdef inline uint32_t key_tag(const Key *key) noexcept nogil:
-    """A hash whose low bits are the slot. Eight neighbouring keys share a cache line of slots."""
-    cdef uint64_t h = key.hi * 0x9E3779B97F4A7C15ULL ^ (key.mid + 0x165667B19E3779F9ULL)
-    h = (h ^ (h >> 29)) * 0xC2B2AE3D27D4EB4FULL + (key.lo >> 3)
-    h = (h ^ (h >> 32)) * 0x9FB21C651E98DF25ULL
-    return (<uint32_t> (h >> 32) & 0xFFFFFFF8U) | (key.lo & 7)
+cdef uint64_t MAX_LSN = 0xFFFFFFFFFFFFFFFFULL
 
 
 cdef inline bint entry_has_key(const Entry *entry, const Key *key) noexcept nogil:
     return entry.hi == key.hi and entry.mid == key.mid and entry.lo == key.lo
 
 
-cdef Table *table_new(uint64_t slots) noexcept nogil:
-    cdef Table *table = <Table *> calloc(1, sizeof(Table))
-    if table == NULL:
-        return NULL
-    if slots * sizeof(uint64_t) >= HUGE_PAGE:
-        table.slots = <uint64_t *> layer_map_huge(slots * sizeof(uint64_t))
-    else:
-        table.slots = <uint64_t *> layer_map_pages(slots * sizeof(uint64_t))
-    if table.slots == NULL:
-        free(table)
-        return NULL
-    table.mask = slots - 1
-    return table
-
-
 cdef class InMemoryLayer:
     """Changes of one timeline from `start_lsn` on.
 
-    Puts above the LSN given to `publish` only, so what readers may see never changes.
+    Takes changes above the LSN given to `publish` only, so what readers may see never changes.
+
+    With a `spill_dir` the first `spill_after` bytes of values stay in memory and the others go to an
+    ephemeral file there, in chunks of 2 MB as these fill. If the file cannot be written (no space,
+    no directory) the values stay in memory, `memory_size` says so and the next chunk tries again.
     """
 
-    def __cinit__(self, uint64_t start_lsn):
+    def __cinit__(self, uint64_t start_lsn, *, spill_dir=None, uint64_t spill_after=0):
         self.start_lsn = start_lsn
         self.published_lsn = start_lsn - 1 if start_lsn else 0
+        self.deleted = RangeTombstones()
+        self.file = EphemeralFile(spill_dir) if spill_dir is not None else None
+        self.values = ValueChunks(self.file, spill_after)
 
     def __dealloc__(self):
-        cdef Table *table = self.table
-        cdef Table *retired
         cdef uint64_t i
         # Giving back hundreds of megabytes takes long enough to be done without the GIL.
         with nogil:
-            while table != NULL:
-                retired = table.retired
-                layer_unmap_pages(table.slots, (table.mask + 1) * sizeof(uint64_t))
-                free(table)
-                table = retired
-            if self.chunks != NULL:
-                for i in range(self.n_chunks):
-                    layer_unmap_pages(self.chunks[i].data, self.chunks[i].capacity)
-                layer_unmap_pages(self.chunks, MAX_CHUNKS * sizeof(Chunk))
+            table_free(self.table)
             if self.entry_chunks != NULL:
                 for i in range(self.n_entries // ENTRIES_PER_CHUNK + 1):
                     layer_unmap_pages(self.entry_chunks[i], HUGE_PAGE)
@@ -154,34 +103,14 @@ cdef class InMemoryLayer:
     # ---- writer's side
 
     cdef int _start(self) noexcept nogil:
-        """Allocate what the first value needs; an unused layer costs next to nothing."""
-        if self.chunks == NULL:
-            self.chunks = <Chunk *> layer_map_pages(MAX_CHUNKS * sizeof(Chunk))
+        """Allocate what the first entry needs; an unused layer costs next to nothing."""
         if self.entry_chunks == NULL:
             self.entry_chunks = <Entry **> layer_map_pages(MAX_ENTRY_CHUNKS * sizeof(Entry *))
-        if self.chunks == NULL or self.entry_chunks == NULL:
-            return PUT_NO_MEMORY
-        if self.table == NULL:
-            layer_store_pointer(self.table, table_new(FIRST_TABLE_SLOTS))
+            if self.entry_chunks == NULL:
+                return PUT_NO_MEMORY
+        layer_store_pointer(self.table, table_new(FIRST_TABLE_SLOTS))
+        self.table_memory = PAGE_SIZE + FIRST_TABLE_SLOTS * sizeof(uint64_t)
         return PUT_OK if self.table != NULL else PUT_NO_MEMORY
-
-    cdef int64_t _new_chunk(self, uint32_t capacity) noexcept nogil:
-        """The index of a new chunk, or PUT_NO_MEMORY."""
-        cdef Chunk *chunk
-        if self.n_chunks >= MAX_CHUNKS:
-            return PUT_NO_MEMORY
-        chunk = &self.chunks[self.n_chunks]
-        if capacity == CHUNK_SIZE:
-            chunk.data = <uint8_t *> layer_map_huge(capacity)
-        else:
-            chunk.data = <uint8_t *> layer_map_pages(capacity)
-        if chunk.data == NULL:
-            return PUT_NO_MEMORY
-        chunk.used = 0
-        chunk.capacity = capacity
-        self.memory += capacity
-        self.n_chunks += 1
-        return self.n_chunks - 1
 
     cdef int _new_entry_chunk(self) noexcept nogil:
         cdef Entry *chunk
@@ -192,51 +121,34 @@ cdef class InMemoryLayer:
         if chunk == NULL:
             return PUT_NO_MEMORY
         self.entry_chunks[self.n_entries // ENTRIES_PER_CHUNK] = chunk
-        self.memory += HUGE_PAGE
         return PUT_OK
 
     cdef int64_t append_value(self, const uint8_t *data, uint32_t size) noexcept nogil:
         """Copy the bytes of a value once; the position for `put_ref`, or a PutResult below 0."""
-        cdef int64_t index
-        cdef Chunk *chunk
+        cdef int64_t position
         if self.sealed:
             return PUT_SEALED
-        if size > MAX_VALUE_SIZE:
-            return PUT_NO_MEMORY
-        if self.chunks == NULL and self._start() != PUT_OK:
-            return PUT_NO_MEMORY
-        if size >= OWN_CHUNK_SIZE:
-            index = self._new_chunk(size)
-            if index < 0:
-                return index
-        else:
-            index = self.current_chunk
-            if self.n_chunks == 0 or self.chunks[index].used + size > self.chunks[index].capacity:
-                index = self._new_chunk(CHUNK_SIZE if self.n_chunks else FIRST_CHUNK_SIZE)
-                if index < 0:
-                    return index
-                self.current_chunk = <uint32_t> index
-        chunk = &self.chunks[index]
-        if size:
-            memcpy(chunk.data + chunk.used, data, size)
-        chunk.used += size
-        return index << 32 | (chunk.used - size)
+        position = self.values.append(data, size)
+        return position if position >= 0 else PUT_NO_MEMORY
 
     cdef int put_ref(self, const Key *key, uint64_t lsn, uint8_t flags, int64_t position,
                      uint32_t size) noexcept nogil:
         """Add a value whose bytes are stored already; a PutResult."""
-        cdef uint64_t chunk_no = <uint64_t> position >> 32, offset = position & 0xFFFFFFFFU
         cdef uint64_t slot, at
-        cdef uint32_t tag, newest = 0
+        cdef uint32_t tag, newest = 0, crc = 0
+        cdef bint replaces = False
         cdef Entry *entry
         if self.sealed:
             return PUT_SEALED
         if lsn <= self.published_lsn:
             return PUT_OLD_LSN
-        if self.chunks == NULL or position < 0 or chunk_no >= self.n_chunks \
-                or offset + size > self.chunks[chunk_no].used:
+        if lsn <= self.deleted.max_lsn and self.deleted.newest(key, MAX_LSN) >= lsn:
+            return PUT_DELETED
+        if not self.values.holds(position, size):
             return PUT_BAD_POSITION
         if self.table == NULL and self._start() != PUT_OK:
+            return PUT_NO_MEMORY
+        if self.values.crc_at(position, size, &crc) != 0:
             return PUT_NO_MEMORY
         if 2 * self.table.used > self.table.mask and self._grow_table() != PUT_OK:
             return PUT_NO_MEMORY
@@ -254,7 +166,7 @@ cdef class InMemoryLayer:
                         return PUT_OLD_LSN
                     if entry.lsn == lsn:
                         newest = entry.prev
-                        self.n_replaced += 1
+                        replaces = True
                     break
                 newest = 0
             at = (at + 1) & self.table.mask
@@ -272,7 +184,9 @@ cdef class InMemoryLayer:
         entry.size = size
         entry.prev = newest
         entry.flags = flags
+        entry.crc = crc
         self.n_entries += 1
+        self.n_replaced += replaces
         if slot == 0:
             self.table.used += 1
         layer_store(&self.table.slots[at], <uint64_t> tag << 32 | self.n_entries)
@@ -292,26 +206,28 @@ cdef class InMemoryLayer:
         return self.put_ref(key, lsn, flags, position, size)
 
     cdef int _grow_table(self) noexcept nogil:
-        cdef Table *old = self.table
-        cdef Table *new
-        cdef uint64_t i, at, slot
+        cdef Table *grown
         # A tag has 32 bits, so a table of 2^32 slots cannot grow; it never gets full either.
-        if old.mask >= 0xFFFFFFFFU:
+        if self.table.mask >= 0xFFFFFFFFU:
             return PUT_OK
-        new = table_new((old.mask + 1) * 2)
-        if new == NULL:
+        grown = table_grown(self.table)
+        if grown == NULL:
             return PUT_NO_MEMORY
-        for i in range(old.mask + 1):
-            slot = old.slots[i]
-            if slot:
-                at = (slot >> 32) & new.mask
-                while new.slots[at]:
-                    at = (at + 1) & new.mask
-                new.slots[at] = slot
-        new.used = old.used
-        new.retired = old
-        self.memory += (new.mask + 1) * sizeof(uint64_t)
-        layer_store_pointer(self.table, new)
+        self.table_memory += (grown.mask + 1) * sizeof(uint64_t)
+        layer_store_pointer(self.table, grown)
+        return PUT_OK
+
+    cdef int delete_range_raw(self, const Key *start, const Key *end, uint64_t lsn) noexcept nogil:
+        """Say that no key of [start, end) exists at `lsn`; a PutResult. See delete_range."""
+        if self.sealed:
+            return PUT_SEALED
+        if not key_less(start, end):
+            return PUT_EMPTY_RANGE
+        if lsn <= self.published_lsn or lsn < self.max_lsn:
+            return PUT_OLD_LSN
+        if self.deleted.add(start, end, lsn) != 0:
+            return PUT_NO_MEMORY
+        self.max_lsn = lsn
         return PUT_OK
 
     cdef int raise_put_error(self, int code, const Key *key, uint64_t lsn) except -1:
@@ -323,12 +239,17 @@ cdef class InMemoryLayer:
             raise ValueError(f"{where}: the LSN is not above what is already written")
         if code == PUT_SEALED:
             raise RuntimeError(f"{where}: the layer is frozen, use the writer's current open layer")
+        if code == PUT_DELETED:
+            raise ValueError(f"{where}: its range is deleted at this LSN or a later one")
+        if code == PUT_EMPTY_RANGE:
+            raise ValueError(f"{where}: the end of the range is not above its start")
         raise ValueError(f"{where}: not the position of a stored value")
 
     def put(self, bytes key not None, uint64_t lsn, uint8_t flags, const uint8_t[::1] data not None):
         """Add a value. The last put of a key at one LSN replaces the others.
 
-        ValueError: the LSN is not above the published one or below the key's newest;
+        ValueError: the LSN is not above the published one, below the key's newest, or not above
+        that of a deleted range with the key;
         RuntimeError: the layer is frozen; MemoryError.
         """
         cdef Key parsed
@@ -364,6 +285,21 @@ cdef class InMemoryLayer:
         if code != PUT_OK:
             self.raise_put_error(code, &key, lsns[i])
 
+    def delete_range(self, bytes start not None, bytes end not None, uint64_t lsn):
+        """Say that no key of [start, end) exists at `lsn`, whatever was put at or below it.
+
+        Values above `lsn` bring keys back; values of these keys at `lsn` itself are refused from
+        now on. ValueError: the LSN is not above the published one or below the newest change of the
+        layer, or the range is empty; RuntimeError: the layer is frozen; MemoryError.
+        """
+        cdef Key low, high
+        cdef int code
+        key_parse(&low, start)
+        key_parse(&high, end)
+        code = self.delete_range_raw(&low, &high, lsn)
+        if code != PUT_OK:
+            self.raise_put_error(code, &low, lsn)
+
     def publish(self, uint64_t lsn):
         """Everything up to `lsn` may be read from now on: refuse puts at or below it."""
         self.published_lsn = lsn
@@ -382,12 +318,15 @@ cdef class InMemoryLayer:
     cdef inline Entry *entry_at(self, uint64_t index) noexcept nogil:
         return self.entry_chunks[index // ENTRIES_PER_CHUNK] + index % ENTRIES_PER_CHUNK
 
-    cdef inline const uint8_t *value_at(self, uint64_t position) noexcept nogil:
-        return self.chunks[position >> 32].data + (position & 0xFFFFFFFFU)
+    cdef int raise_read_error(self, int code, const ReadWindow *window) except -1:
+        """Raise the exception of a ReadResult below 0."""
+        if code == READ_NO_MEMORY:
+            raise MemoryError("no memory for the values of a read")
+        return self.file.raise_error(window)
 
     cdef Entry *find_newest(self, const Key *key) noexcept nogil:
         """The newest entry of a key, published or not; NULL if there is none."""
-        cdef Table *table = layer_load_pointer(self.table)
+        cdef Table *table = <Table *> layer_load_pointer(self.table)
         cdef uint32_t tag
         cdef uint64_t at, slot
         cdef Entry *entry
@@ -406,54 +345,81 @@ cdef class InMemoryLayer:
             at = (at + 1) & table.mask
 
     cdef int collect(self, ReadBatch batch, int first, int last, uint64_t upper,
-                     uint64_t floor) noexcept nogil:
-        """Add to queries [first, last) the values with floor <= LSN <= upper; 0, -1 no memory."""
-        cdef int i
-        cdef Query *query
-        cdef Entry *entry
+                     uint64_t floor, ReadWindow *window) noexcept nogil:
+        """Add to queries [first, last) the values with floor <= LSN <= upper; a ReadResult.
+
+        A query of a deleted key is complete with what is newer than the deletion: nothing older
+        counts, not even a base the caller has.
+        """
+        cdef int i, code = READ_OK
         cdef uint64_t end_lsn = layer_load(&self.end_lsn)
         if end_lsn and upper >= end_lsn:
             upper = end_lsn - 1
-        if layer_load_pointer(self.table) == NULL:
-            return 0
+        if layer_load_pointer(self.table) == NULL and self.deleted.snapshot() == NULL:
+            return READ_OK
         for i in range(first, last):
-            query = &batch.queries[i]
-            if query.complete:
-                continue
-            entry = self.find_newest(&query.key)
-            while entry != NULL and entry.lsn >= floor and entry.lsn > query.floor:
-                if entry.lsn <= upper:
-                    if batch.add(query, entry.lsn, entry.flags, self.value_at(entry.position),
-                                 entry.size) != 0:
-                        return -1
-                    if entry.flags & WILL_INIT:
-                        break
-                entry = self.entry_at(entry.prev - 1) if entry.prev else NULL
-        return 0
+            if not batch.queries[i].complete:
+                code = self._collect_one(batch, &batch.queries[i], upper, floor, window)
+                if code != READ_OK:
+                    break
+        return code
+
+    cdef int _collect_one(self, ReadBatch batch, Query *query, uint64_t upper, uint64_t floor,
+                          ReadWindow *window) noexcept nogil:
+        cdef uint64_t deleted_at = self.deleted.newest(&query.key, upper)
+        cdef Entry *entry = self.find_newest(&query.key)
+        cdef const uint8_t *data
+        if deleted_at < floor:
+            deleted_at = 0
+        while entry != NULL and entry.lsn >= floor and entry.lsn > query.floor \
+                and entry.lsn > deleted_at:
+            if entry.lsn <= upper:
+                data = self.values.checked(entry.position, entry.size, entry.crc, window)
+                if data == NULL:
+                    return READ_FAILED
+                if batch.add(query, entry.lsn, entry.flags, data, entry.size) != 0:
+                    return READ_NO_MEMORY
+                if entry.flags & WILL_INIT:
+                    return READ_OK
+            entry = self.entry_at(entry.prev - 1) if entry.prev else NULL
+        if deleted_at > query.floor:
+            query.complete = True
+            batch.pending -= 1
+        return READ_OK
 
     def read(self, ReadBatch batch not None, int first, int last, uint64_t upper, uint64_t floor):
-        """Add to the queries [first, last) of `batch` their values with floor <= LSN <= upper."""
+        """Add to the queries [first, last) of `batch` their values with floor <= LSN <= upper.
+
+        Raises MemoryError; for a value in the ephemeral file OSError, CorruptLayerError.
+        """
         cdef int code
+        cdef ReadWindow window
         if first < 0 or last > batch.count:
             raise IndexError("no such query")
+        memset(&window, 0, sizeof(window))
         with nogil:
-            code = self.collect(batch, first, last, upper, floor)
-        if code != 0:
-            raise MemoryError("no memory for the values of a read")
+            code = self.collect(batch, first, last, upper, floor, &window)
+            window_free(&window)
+        if code != READ_OK:
+            self.raise_read_error(code, &window)
 
     def keys(self, bytes start not None, bytes end not None, uint64_t upper):
-        """The keys in [start, end) with a value at or below `upper`, as an unordered list."""
+        """The keys in [start, end) with a value at or below `upper`, as an unordered list.
+
+        Without those deleted since; what is in older layers is the caller's, see tombstones().
+        """
         cdef Key low, high, key
         cdef Table *table
         cdef Entry *entry
-        cdef uint64_t i = 0, slot, stop, slots
+        cdef uint64_t i = 0, slot, slots
+        cdef const Tombstone *deleted = self.deleted.snapshot()
         cdef uint64_t end_lsn = layer_load(&self.end_lsn)
         cdef list result = []
         if end_lsn and upper >= end_lsn:
             upper = end_lsn - 1
         key_parse(&low, start)
         key_parse(&high, end)
-        table = layer_load_pointer(self.table)
+        table = <Table *> layer_load_pointer(self.table)
         slots = table.mask + 1 if table != NULL else 0
         while i < slots:
             # Walk without the GIL up to the next match.
@@ -471,9 +437,23 @@ cdef class InMemoryLayer:
                         continue
                     while entry != NULL and entry.lsn > upper:
                         entry = self.entry_at(entry.prev - 1) if entry.prev else NULL
+                    if entry != NULL and newest_covering(deleted, &key, upper, 0) >= entry.lsn:
+                        entry = NULL
             if entry != NULL:
                 result.append(key_bytes(&key))
         return result
+
+    def tombstones(self, upper=None):
+        """The deleted ranges [(start, end, lsn)] at or below `upper`, in the order of the LSNs.
+
+        Without `upper` all of them, those of an unfinished batch included while the layer is open;
+        once it is frozen those below its end.
+        """
+        cdef uint64_t limit = MAX_LSN if upper is None else upper
+        cdef uint64_t end_lsn = layer_load(&self.end_lsn)
+        if end_lsn and limit >= end_lsn:
+            limit = end_lsn - 1
+        return self.deleted.listed(limit)
 
     @property
     def entry_count(self):
@@ -482,5 +462,14 @@ cdef class InMemoryLayer:
 
     @property
     def memory_size(self):
-        """Bytes of memory taken, about."""
-        return self.memory
+        """Bytes of memory taken: values not in the file, entries, tables, deleted ranges."""
+        cdef uint64_t entries = self.n_entries * sizeof(Entry)
+        # Huge pages are there as a whole; the first chunk is of ordinary ones.
+        if self.n_entries > ENTRIES_PER_CHUNK:
+            entries = (self.n_entries // ENTRIES_PER_CHUNK + 1) * HUGE_PAGE
+        return self.values.memory() + entries + self.table_memory + self.deleted.memory
+
+    @property
+    def spilled_size(self):
+        """Bytes in the ephemeral file."""
+        return self.file.size if self.file is not None else 0

@@ -1,12 +1,34 @@
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+from pageserver.layered_repository.descriptor_cache import DescriptorCache
 from pageserver.layered_repository.layer_name import LayerName
+from pageserver.layered_repository.open_layer import OpenLayer
 from pageserver.layered_repository.read_batch import ReadBatch
 
+@dataclass(frozen=True)
+class LayerStats:
+    size: int
+    entries: int
+    keys: int
+    value_bytes: int
+    value_blocks: int
+    packed_blocks: int
+    leaves: int
+    filter_lines: int
+
 class LayerFile:
+    gone: bool
     def __init__(
-        self, path: Path | str, name: LayerName, tenant: bytes, timeline: bytes
+        self,
+        path: Path | str,
+        name: LayerName,
+        tenant: bytes,
+        timeline: bytes,
+        *,
+        descriptors: DescriptorCache | None = None,
+        size: int | None = None,
     ) -> None: ...
     @property
     def path(self) -> str: ...
@@ -22,8 +44,17 @@ class LayerFile:
     def end_lsn(self) -> int: ...
     @property
     def is_image(self) -> bool: ...
+    @property
+    def is_open(self) -> bool: ...
+    @property
+    def size(self) -> int: ...
+    def open(self) -> OpenLayer: ...
+    def was_used(self) -> bool: ...
+    def evict(self) -> None: ...
+    def may_contain(self, key: bytes) -> bool: ...
     def read(self, batch: ReadBatch, first: int, last: int, upper: int, floor: int) -> None: ...
     def keys(self, start: bytes, end: bytes, upper: int, floor: int) -> list[bytes]: ...
     def entries(self) -> Iterator[tuple[bytes, int, int, bytes]]: ...
     def leaf_entries(self, number: int) -> list[tuple[bytes, int, int, bytes]]: ...
     def describe(self) -> dict[str, int]: ...
+    def verify(self) -> LayerStats: ...

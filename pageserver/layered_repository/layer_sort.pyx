@@ -1,15 +1,27 @@
 # distutils: language = c++
-"""Sorting of a frozen layer's entries by key and LSN.
+"""A frozen layer in the order of key and LSN.
 
 The first 14 bytes of a key, its prefix, take few values compared with the entries (for relation
 blocks: one for each relation fork). So the distinct prefixes are ranked first; rank and the last
 four bytes of the key make a 64-bit sort key, sorted by a radix sort that skips the bytes all have in
 common. It is stable: entries of one key keep the order of their puts, which is that of their LSNs.
+
+Values in the ephemeral file lie in the order of the puts. They are fetched for many entries at once,
+in the order of the file, so that it is read in few large pieces even if the keys came at random.
 """
+from libc.errno cimport ENOMEM
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy
 
-from pageserver.layered_repository.inmemory_layer cimport Entry, InMemoryLayer
+from pageserver.layered_repository.ephemeral_file cimport window_free
+from pageserver.layered_repository.inmemory_layer cimport (
+    READ_FAILED,
+    READ_NO_MEMORY,
+    Entry,
+    InMemoryLayer,
+    entry_key,
+)
 
 cdef extern from *:
     """
@@ -19,8 +31,6 @@ cdef extern from *:
     #include <new>
     #include <unordered_map>
     #include <vector>
-
-    struct SortItem { uint64_t key; uint32_t index; };
 
     namespace {
 
@@ -91,6 +101,13 @@ cdef extern from *:
 
     }
 
+    /* The result is in *items, which may have changed places with *other. 0, or -1 without memory. */
+    static int sort_by_key(SortItem **items, SortItem **other, uint64_t n)
+    {
+        try { radix_sort(*items, *other, n); return 0; }
+        catch (const std::bad_alloc &) { return -1; }
+    }
+
     static void *prefix_table_new(void) { return new (std::nothrow) PrefixTable; }
     static void prefix_table_free(void *table) { delete (PrefixTable *) table; }
 
@@ -121,9 +138,8 @@ cdef extern from *:
         catch (const std::bad_alloc &) { return -1; }
     }
     """
-    struct SortItem:
-        uint64_t key
-        uint32_t index
+    void __builtin_prefetch(const void *p) noexcept nogil
+    int sort_by_key(SortItem **items, SortItem **other, uint64_t n) noexcept nogil
     void *prefix_table_new() noexcept nogil
     void prefix_table_free(void *table) noexcept nogil
     long long prefix_number(void *table, uint64_t hi, uint64_t mid) noexcept nogil
@@ -165,3 +181,129 @@ cdef uint32_t *sorted_entries(InMemoryLayer layer, uint64_t *count) noexcept nog
     if table != NULL:
         prefix_table_free(table)
     return result
+
+
+cdef enum:
+    FETCH_AHEAD = 8
+    STAGE_SIZE = 32 << 20        # bytes of values fetched from the ephemeral file at once
+    STAGE_ENTRIES = 1 << 19      # places in the order this may be for
+    BIG_VALUE = 1 << 20          # not worth to stage
+    SORTED = 1                   # `code` once the order is there
+
+
+cdef class FrozenLayerScan:
+    """All values of a frozen layer below its end LSN, by key and LSN, the replaced ones left out."""
+
+    def __cinit__(self, InMemoryLayer layer not None):
+        if not layer.sealed:
+            raise ValueError("the layer is still open")
+        self.layer = layer
+
+    def __dealloc__(self):
+        free(self.order)
+        free(self.staged)
+        free(self.staged_at)
+        free(self.wanted)
+        free(self.sorting)
+        window_free(&self.window)
+
+    cdef int next(self) noexcept nogil:
+        """Go to the next value: 1; 0 at the end; below 0: call raise_error."""
+        cdef const Entry *entry
+        if self.code != SORTED:
+            if self.code < 0:
+                return self.code
+            self.order = sorted_entries(self.layer, &self.count)
+            if self.order == NULL:
+                self.code = READ_NO_MEMORY
+                return self.code
+            self.code = SORTED
+        while self.at < self.count and self._is_replaced(self.at):
+            self.at += 1
+        if self.at >= self.count:
+            return 0
+        # Entries and values lie in the order of the puts: fetch ahead of their use.
+        if self.at + 2 * FETCH_AHEAD < self.count:
+            __builtin_prefetch(self.layer.entry_at(self.order[self.at + 2 * FETCH_AHEAD]))
+            entry = self.layer.entry_at(self.order[self.at + FETCH_AHEAD])
+            self.data = self.layer.values.memory_at(entry.position)
+            __builtin_prefetch(self.data)
+            __builtin_prefetch(self.data + 64)
+        entry = self.layer.entry_at(self.order[self.at])
+        self.data = self._value(entry)
+        if self.data == NULL:
+            self.code = READ_FAILED
+            return self.code
+        self.key = entry_key(entry)
+        self.lsn = entry.lsn
+        self.flags = entry.flags
+        self.size = entry.size
+        self.at += 1
+        return 1
+
+    cdef inline bint _is_replaced(self, uint64_t place) noexcept nogil:
+        """Whether a later put of the same key at the same LSN follows."""
+        cdef const Entry *entry
+        cdef const Entry *following
+        if place + 1 >= self.count:
+            return False
+        entry = self.layer.entry_at(self.order[place])
+        following = self.layer.entry_at(self.order[place + 1])
+        return following.lsn == entry.lsn and following.mid == entry.mid \
+            and following.lo == entry.lo and following.hi == entry.hi
+
+    cdef inline const uint8_t *_checked(self, const Entry *entry) noexcept nogil:
+        return self.layer.values.checked(entry.position, entry.size, entry.crc, &self.window)
+
+    cdef const uint8_t *_value(self, const Entry *entry) noexcept nogil:
+        """The bytes of the entry at the current place, NULL: see the window."""
+        if self.layer.values.file_offset(entry.position) == 0 or entry.size >= BIG_VALUE:
+            return self._checked(entry)
+        if self.at >= self.stage_end and self._stage() != 0:
+            return NULL
+        return self.staged + self.staged_at[self.at - self.stage_start]
+
+    cdef int _stage(self) noexcept nogil:
+        """Fetch values from the current place on as far as there is room; 0, or -1."""
+        cdef uint64_t place, i, n = 0, used = 0
+        cdef const Entry *entry
+        cdef uint64_t offset
+        cdef const uint8_t *data
+        if self.staged == NULL:
+            self.staged = <uint8_t *> malloc(STAGE_SIZE)
+            self.staged_at = <uint32_t *> malloc(STAGE_ENTRIES * sizeof(uint32_t))
+            self.wanted = <SortItem *> malloc(STAGE_ENTRIES * sizeof(SortItem))
+            self.sorting = <SortItem *> malloc(STAGE_ENTRIES * sizeof(SortItem))
+            if self.staged == NULL or self.staged_at == NULL or self.wanted == NULL \
+                    or self.sorting == NULL:
+                self.window.error = ENOMEM
+                return -1
+        self.stage_start = place = self.at
+        while place < self.count and place - self.stage_start < STAGE_ENTRIES:
+            entry = self.layer.entry_at(self.order[place])
+            offset = self.layer.values.file_offset(entry.position)
+            if offset and entry.size < BIG_VALUE and not self._is_replaced(place):
+                if used + entry.size > STAGE_SIZE:
+                    break
+                self.wanted[n].key = offset
+                self.wanted[n].index = <uint32_t> (place - self.stage_start)
+                self.staged_at[place - self.stage_start] = <uint32_t> used
+                used += entry.size
+                n += 1
+            place += 1
+        self.stage_end = place
+        if n and sort_by_key(&self.wanted, &self.sorting, n) != 0:
+            self.window.error = ENOMEM
+            return -1
+        for i in range(n):
+            place = self.wanted[i].index
+            entry = self.layer.entry_at(self.order[self.stage_start + place])
+            data = self._checked(entry)
+            if data == NULL:
+                return -1
+            memcpy(self.staged + self.staged_at[place], data, entry.size)
+        return 0
+
+    cdef int raise_error(self) except -1:
+        """Raise why `next` failed: MemoryError; for the ephemeral file OSError, CorruptLayerError."""
+        return self.layer.raise_read_error(self.code, &self.window)

@@ -1,9 +1,9 @@
 """Writer of layer files: see layer_writer.pyx."""
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
-from pageserver.layered_repository.inmemory_layer cimport InMemoryLayer
 from pageserver.layered_repository.key cimport Key
-from pageserver.layered_repository.layer_format cimport LEAF_ENTRIES
+from pageserver.layered_repository.layer_format cimport LEAF_ENTRIES, MAX_LEAF_SIZE, PACKED_TARGET
+from pageserver.layered_repository.layer_output cimport LayerOutput
 
 cdef struct LeafEntry:
     Key key
@@ -13,34 +13,52 @@ cdef struct LeafEntry:
     uint16_t offset
     uint8_t flags
 
+cdef struct Growing:      # bytes in memory
+    uint8_t *data
+    size_t used, capacity
+
 cdef class LayerWriter:
-    cdef readonly str path
     cdef bytes tenant, timeline
-    cdef int fd, error
-    cdef readonly uint64_t count, value_bytes
-    cdef uint64_t position           # in the file, of the first byte of `out`
-    cdef uint64_t pushed             # up to here the system was asked to start writing
-    cdef uint8_t *out
-    cdef size_t used, block_at
+    cdef LayerOutput out
+    cdef int error
+    cdef bint finished           # or removed
+    cdef readonly uint64_t count, key_count, value_bytes
+    cdef uint32_t block_target
     cdef bint block_open
+    cdef uint64_t block_at       # of the open block, in the file
+    cdef uint32_t block_size     # of its payload so far
+    cdef uint8_t *block          # where that is
     cdef LeafEntry[LEAF_ENTRIES] entries
     cdef int n_entries
-    cdef uint8_t *index
-    cdef size_t index_used, index_capacity
-    cdef uint8_t *root
-    cdef size_t root_used, root_capacity
+    cdef Growing index           # finished leaves
+    cdef uint64_t index_bytes    # of leaves, uncompressed
+    cdef Growing root
+    cdef Growing hashes          # of the distinct keys
     cdef Key first, last
-    cdef uint64_t last_lsn
+    cdef uint64_t last_lsn, low_lsn, high_lsn
+    cdef void *compressor        # NULL: blocks stay as they are
+    cdef uint8_t packing[PACKED_TARGET]
+    cdef uint8_t leaf[MAX_LEAF_SIZE]
 
+    # Append a value; 0 or a code for raise_error: the order is wrong, no memory, an errno.
     cdef int add_raw(self, const Key *key, uint64_t lsn, uint8_t flags, const uint8_t *data,
                      uint32_t size) noexcept nogil
-    cdef int _add_value(self, const uint8_t *data, uint32_t size, LeafEntry *entry) noexcept nogil
-    cdef int _add_big_value(self, const uint8_t *data, uint32_t size,
-                            LeafEntry *entry) noexcept nogil
+    # Bytes the file has so far, about.
+    cdef uint64_t bytes_so_far(self) noexcept nogil
+    # With the GIL; raises ValueError, MemoryError, OSError.
+    cdef int raise_error(self, int code) except -1
+
+    cdef int _check_ranges(self, object name) except -1
+    cdef int _fill_header(self, uint8_t *header, object name) except -1
+    cdef int _place_value(self, const uint8_t *data, uint32_t size, LeafEntry *entry) noexcept nogil
+    cdef int _place_long_value(self, const uint8_t *data, uint32_t size,
+                               LeafEntry *entry) noexcept nogil
+    cdef void _store_block(self, uint64_t offset, const uint8_t *data, uint32_t size) noexcept nogil
+    cdef int _open_block(self) noexcept nogil
     cdef void _close_block(self) noexcept nogil
     cdef int _close_leaf(self) noexcept nogil
-    cdef int _flush_out(self) noexcept nogil
-    cdef int _write(self, const uint8_t *data, size_t size) noexcept nogil
-    cdef int _write_index(self, uint64_t *root_offset) noexcept nogil
-    cdef int _add_layer(self, InMemoryLayer layer, uint64_t *added) noexcept nogil
-    cdef int _raise(self, int code) except -1
+    cdef int _store_leaf(self, uint32_t size) noexcept nogil
+    cdef int _write_tail(self, bint filtered, uint64_t *filter_offset,
+                         uint64_t *root_offset) noexcept nogil
+    cdef int _write_filter(self) noexcept nogil
+    cdef int _write_root(self) noexcept nogil

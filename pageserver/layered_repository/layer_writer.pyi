@@ -2,16 +2,30 @@ from pathlib import Path
 
 from typing_extensions import Buffer
 
+from pageserver.layered_repository.files import Files
 from pageserver.layered_repository.inmemory_layer import InMemoryLayer
 from pageserver.layered_repository.layer_name import LayerName
 
 class LayerWriter:
-    path: str
-    def __init__(self, path: Path | str, tenant: bytes, timeline: bytes) -> None: ...
+    def __init__(
+        self,
+        path: Path | str,
+        tenant: bytes,
+        timeline: bytes,
+        *,
+        files: Files = ...,
+        compress: bool = False,
+    ) -> None: ...
+    @property
+    def path(self) -> str: ...
     @property
     def count(self) -> int: ...
     @property
+    def key_count(self) -> int: ...
+    @property
     def value_bytes(self) -> int: ...
+    @property
+    def file_size(self) -> int: ...
     @property
     def first_key(self) -> bytes | None: ...
     @property

@@ -6,12 +6,13 @@ valid before `finish` has written and fsynced everything; the caller then rename
 """
 import os
 
-from libc.errno cimport EINTR, EINVAL, ENOMEM, EOVERFLOW, errno
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc, realloc
-from libc.string cimport memcmp, memcpy, memset
+from libc.errno cimport EFBIG, ENOMEM
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.string cimport memcpy, memset
 
-from pageserver.layered_repository.inmemory_layer cimport Entry, InMemoryLayer, entry_key
+from pageserver.layered_repository.files import FILES
+from pageserver.layered_repository.inmemory_layer cimport InMemoryLayer
 from pageserver.layered_repository.key cimport (
     KEY_SIZE,
     Key,
@@ -21,71 +22,96 @@ from pageserver.layered_repository.key cimport (
     key_parse,
     key_store,
 )
+from pageserver.layered_repository.key_filter cimport (
+    FILTER_LINE,
+    filter_add,
+    filter_hash,
+    filter_line,
+    filter_lines_for,
+)
 from pageserver.layered_repository.layer_format cimport *
-from pageserver.layered_repository.layer_sort cimport sorted_entries
+from pageserver.layered_repository.layer_output cimport OUTPUT_SIZE, LayerOutput
+from pageserver.layered_repository.layer_sort cimport FrozenLayerScan
 from zenith_utils.crc32c cimport crc32c_update
+from zenith_utils.zstd cimport zstd_compress, zstd_compressor, zstd_free_compressor, zstd_load
 
 cdef extern from *:
-    """
-    #ifndef _GNU_SOURCE
-    #define _GNU_SOURCE
-    #endif
-    #include <fcntl.h>
-    #include <stdint.h>
-    #include <unistd.h>
-
-    /* Have the system begin to write a range, so that the fsync at the end has little left. */
-    static void layer_start_writing(int fd, uint64_t from, uint64_t to)
-    {
-    #ifdef SYNC_FILE_RANGE_WRITE
-        (void) sync_file_range(fd, (off_t) from, (off_t) (to - from), SYNC_FILE_RANGE_WRITE);
-    #else
-        (void) fd; (void) from; (void) to;
-    #endif
-    }
-    """
     void __builtin_prefetch(const void *p) noexcept nogil
-    void layer_start_writing(int fd, uint64_t start, uint64_t end) noexcept nogil
-    ssize_t posix_write "write"(int fd, const void *data, size_t size) noexcept nogil
-    ssize_t posix_pwrite "pwrite"(int fd, const void *data, size_t size,
-                                  int64_t offset) noexcept nogil
-    int posix_fsync "fsync"(int fd) noexcept nogil
 
 cdef enum:
-    OUT_SIZE = 1 << 20
-    PUSH_SIZE = 8 << 20
+    E_UNORDERED = -1
     FETCH_AHEAD = 8
 
 
-cdef class LayerWriter:
-    """Writes one layer file at `path`, which must not exist.
+cdef inline uint8_t *grow(Growing *bytes_, size_t more, size_t least) noexcept nogil:
+    """Room for `more` bytes at the end; NULL without memory."""
+    cdef size_t wanted
+    cdef void *grown
+    if bytes_.used + more > bytes_.capacity:
+        wanted = 2 * bytes_.capacity + more + least
+        grown = realloc(bytes_.data, wanted)
+        if grown == NULL:
+            return NULL
+        bytes_.data = <uint8_t *> grown
+        bytes_.capacity = wanted
+    return bytes_.data + bytes_.used
 
-    The path is a temporary name; ids are 16 bytes each. Raises OSError.
+
+cdef inline void finish_block(uint8_t *block, uint64_t offset, uint8_t kind, uint32_t packed,
+                              uint32_t plain) noexcept nogil:
+    """Give a block in memory its header. `packed`: size of the payload if it was compressed."""
+    finish_header(block, offset, kind, packed, plain, block + BLOCK_HEADER)
+
+
+cdef inline void finish_header(uint8_t *header, uint64_t offset, uint8_t kind, uint32_t packed,
+                               uint32_t plain, const uint8_t *payload) noexcept nogil:
+    """The same for a payload that is elsewhere."""
+    cdef uint32_t stored = packed if packed else plain
+    block_header(header, kind, CODEC_ZSTD if packed else CODEC_NONE, stored, plain)
+    put32(header, block_crc(offset, header, payload, stored))
+
+
+cdef class LayerWriter:
+    """Writes one layer file at `path`, a temporary name; ids are 16 bytes each.
+
+    With `compress` blocks that get smaller by it are compressed. Raises OSError, ZstdUnavailable.
     """
 
-    def __cinit__(self, path, bytes tenant not None, bytes timeline not None):
-        self.fd = -1
+    def __cinit__(self, path, bytes tenant not None, bytes timeline not None, *, files=FILES,
+                  bint compress=False):
         if len(tenant) != 16 or len(timeline) != 16:
             raise ValueError("tenant and timeline ids have 16 bytes")
         self.tenant = tenant
         self.timeline = timeline
-        self.path = os.fspath(path)
-        self.out = <uint8_t *> malloc(OUT_SIZE)
-        if self.out == NULL:
-            raise MemoryError
-        self.fd = os.open(
-            self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600
-        )
+        self.block_target = PLAIN_TARGET
+        if compress:
+            zstd_load()
+            self.block_target = PACKED_TARGET
+            self.compressor = zstd_compressor()
+            if self.compressor == NULL:
+                raise MemoryError("no memory for a zstd context")
+        self.low_lsn = 0xFFFFFFFFFFFFFFFFU
+        self.out = LayerOutput(os.fspath(path), files)
         # Room for the file header, which is known at the end only.
-        memset(self.out, 0, HEADER_SIZE)
-        self.used = HEADER_SIZE
+        memset(self.out.buffer, 0, HEADER_SIZE)
+        self.out.used = HEADER_SIZE
 
     def __dealloc__(self):
-        if self.fd >= 0:
-            os.close(self.fd)
-        free(self.out)
-        free(self.index)
-        free(self.root)
+        free(self.index.data)
+        free(self.root.data)
+        free(self.hashes.data)
+        if self.compressor != NULL:
+            zstd_free_compressor(self.compressor)
+
+    @property
+    def path(self):
+        """Where the file is."""
+        return self.out.path
+
+    @property
+    def file_size(self):
+        """Bytes the file has so far, index included, about."""
+        return self.bytes_so_far()
 
     @property
     def first_key(self):
@@ -97,50 +123,92 @@ cdef class LayerWriter:
         """The key of the last value, None before the first."""
         return key_bytes(&self.last) if self.count else None
 
-    def add(self, bytes key not None, uint64_t lsn, uint8_t flags, const uint8_t[::1] data not None):
+    def add(self, bytes key not None, uint64_t lsn, uint8_t flags,
+            const uint8_t[::1] data not None):
         """Append a value. Raises ValueError unless (key, lsn) is above the one before, OSError."""
         cdef Key parsed
         cdef Py_ssize_t size = data.shape[0]
         key_parse(&parsed, key)
-        if size > 1 << 30:
-            raise ValueError(f"a value of {size} bytes is over the limit of {1 << 30}")
-        self._raise(self.add_raw(&parsed, lsn, flags, &data[0] if size else NULL, <uint32_t> size))
+        if size > MAX_VALUE_SIZE:
+            raise ValueError(f"a value of {size} bytes is over the limit of {MAX_VALUE_SIZE}")
+        self.raise_error(
+            self.add_raw(&parsed, lsn, flags, &data[0] if size else NULL, <uint32_t> size)
+        )
 
     def add_layer(self, InMemoryLayer layer not None):
-        """Append all values of a frozen layer; returns their number. Raises OSError."""
-        cdef uint64_t added = 0
-        cdef int code
-        if not layer.sealed:
-            raise ValueError("the layer is still open")
+        """Append all values of a frozen layer below its end LSN; returns their number.
+
+        Raises OSError; CorruptLayerError for a value that was damaged in its ephemeral file.
+        """
+        cdef FrozenLayerScan scan = FrozenLayerScan(layer)
+        cdef uint64_t before = self.count
+        cdef int got, code = 0
         with nogil:
-            code = self._add_layer(layer, &added)
-        self._raise(code)
-        return added
+            got = scan.next()
+            while got == 1 and code == 0:
+                code = self.add_raw(&scan.key, scan.lsn, scan.flags, scan.data, scan.size)
+                got = scan.next()
+        self.raise_error(code)
+        if got < 0:
+            scan.raise_error()
+        return self.count - before
 
     def finish(self, name):
-        """Write index and header for the ranges of the LayerName, fsync, close. Raises OSError."""
+        """Write index and header for the ranges of the LayerName, fsync, close.
+
+        Only an image may be without entries: no key of its range exists. Raises ValueError if an
+        entry is outside of the ranges, OSError.
+        """
         cdef uint8_t header[HEADER_SIZE]
+        cdef uint64_t leaf_offset = 0, filter_offset = 0, root_offset = 0
+        cdef bint filtered = name.is_l0
+        cdef int code = self.error
+        self._check_ranges(name)
+        with nogil:
+            self._close_block()
+            if code == 0:
+                code = self._close_leaf()
+            leaf_offset = self.out.position + self.out.used
+            if code == 0:
+                code = self._write_tail(filtered, &filter_offset, &root_offset)
+        self.raise_error(code)
+        self._fill_header(header, name)
+        put64(header + 112, leaf_offset)
+        put64(header + 120, root_offset)
+        put64(header + 144, filter_offset)
+        put32(header + HEADER_CRC, header_crc(header))
+        with nogil:
+            code = self.out.write_at(header, HEADER_SIZE, 0)
+            if code == 0:
+                code = self.out.sync()
+        self.raise_error(code)
+        self.out.close()
+        self.finished = True
+
+    cdef int _check_ranges(self, object name) except -1:
         cdef bytes key_start = name.key_start, key_end = name.key_end
-        cdef uint64_t root_offset = 0, leaf_offset
-        cdef int code
         cdef Key low, high
         if self.count == 0:
-            raise ValueError("a layer needs at least one value")
+            if not name.is_image:
+                raise ValueError("a delta layer needs at least one value")
+            return 0
         key_parse(&low, key_start)
         key_parse(&high, key_end)
         if key_less(&self.first, &low) or not key_less(&self.last, &high):
             raise ValueError(f"{self.path}: keys outside of the range of {name}")
-        self._close_block()
-        code = self._close_leaf()
-        leaf_offset = self.position + self.used
-        if code == 0:
-            with nogil:
-                code = self._write_index(&root_offset)
-        self._raise(code)
+        if self.low_lsn < name.start_lsn or self.high_lsn >= name.end_lsn:
+            raise ValueError(f"{self.path}: LSNs outside of the range of {name}")
+        return 0
+
+    cdef int _fill_header(self, uint8_t *header, object name) except -1:
+        """The header but for offsets and checksum; the content is written."""
+        cdef bytes key_start = name.key_start, key_end = name.key_end
         memset(header, 0, HEADER_SIZE)
         memcpy(header, <const char *> b"ZNTHLAYR", 8)
         put16(header + 8, FORMAT_VERSION)
         header[10] = KIND_IMAGE if name.is_image else KIND_DELTA
+        header[11] = CODEC_ZSTD if self.compressor != NULL else CODEC_NONE
+        put32(header + 12, self.block_target)
         memcpy(header + 16, <const char *> self.tenant, 16)
         memcpy(header + 32, <const char *> self.timeline, 16)
         memcpy(header + 48, <const char *> key_start, KEY_SIZE)
@@ -148,64 +216,68 @@ cdef class LayerWriter:
         put64(header + 88, name.start_lsn)
         put64(header + 96, name.end_lsn)
         put64(header + 104, self.count)
-        put64(header + 112, leaf_offset)
-        put64(header + 120, root_offset)
-        put64(header + 128, self.position)
+        put64(header + 128, self.out.position)
         put64(header + 136, self.value_bytes)
-        put32(header + HEADER_CRC, crc32c_update(0xFFFFFFFFU, header, HEADER_CRC) ^ 0xFFFFFFFFU)
-        with nogil:
-            code = 0
-            if posix_pwrite(self.fd, header, HEADER_SIZE, 0) != HEADER_SIZE:
-                code = errno if errno else EINVAL
-            elif posix_fsync(self.fd) != 0:
-                code = errno
-        self._raise(code)
-        os.close(self.fd)
-        self.fd = -1
+        put64(header + 152, self.key_count)
+        put64(header + 160, self.index_bytes)
+        return 0
 
     def abort(self):
-        """Close and remove the file, if it is not finished."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-            os.unlink(self.path)
+        """Close and remove the file, if it is not finished. Raises OSError."""
+        if not self.finished:
+            self.finished = True
+            self.out.close()
+            self.out.remove()
 
-    cdef int _raise(self, int code) except -1:
+    cdef int raise_error(self, int code) except -1:
         if code == 0:
             return 0
-        if code == -1:
-            raise ValueError(
-                f"{self.path}: keys and LSNs must ascend; after {key_bytes(&self.last).hex().upper()}"
-            )
-        if code == ENOMEM:
-            raise MemoryError(f"{self.path}: no memory for the index of the layer")
-        raise OSError(code, os.strerror(code), self.path)
+        if code == E_UNORDERED:
+            last = key_bytes(&self.last).hex().upper()
+            raise ValueError(f"{self.path}: keys and LSNs must ascend; after {last}")
+        return self.out.raise_error(code)
+
+    cdef uint64_t bytes_so_far(self) noexcept nogil:
+        return self.out.position + self.out.used + self.index.used + self.root.used
+
+    # ---- values
 
     cdef int add_raw(self, const Key *key, uint64_t lsn, uint8_t flags, const uint8_t *data,
                      uint32_t size) noexcept nogil:
-        """Append a value; 0, -1 if it is out of order, or an errno."""
         cdef LeafEntry *entry
+        cdef uint8_t *hash_at
         cdef int code
         if self.error:
             return self.error
-        if self.count == 0:
-            self.first = key[0]
-        elif not key_less(&self.last, key) and (
-                not key_equal(&self.last, key) or lsn <= self.last_lsn):
-            return -1
+        if self.count == 0 or not key_equal(&self.last, key):
+            if self.count and not key_less(&self.last, key):
+                return E_UNORDERED
+            hash_at = grow(&self.hashes, sizeof(uint64_t), 4096)
+            if hash_at == NULL:
+                return ENOMEM
+            if self.count == 0:
+                self.first = key[0]
+        elif lsn <= self.last_lsn:
+            return E_UNORDERED
+        else:
+            hash_at = NULL
         if self.n_entries == LEAF_ENTRIES:
             code = self._close_leaf()
             if code:
                 return code
         entry = &self.entries[self.n_entries]
-        if size > BLOCK_TARGET:
-            code = self._add_big_value(data, size, entry)
+        if size > self.block_target:
+            code = self._place_long_value(data, size, entry)
         else:
-            code = self._add_value(data, size, entry)
+            code = self._place_value(data, size, entry)
         if code:
             # Part of the value may be in the file: nothing can be appended any more.
             self.error = code
             return code
+        if hash_at != NULL:
+            put64(hash_at, filter_hash(key))
+            self.hashes.used += sizeof(uint64_t)
+            self.key_count += 1
         entry.key = key[0]
         entry.lsn = lsn
         entry.flags = flags
@@ -215,83 +287,106 @@ cdef class LayerWriter:
         self.value_bytes += size
         self.last = key[0]
         self.last_lsn = lsn
+        if lsn < self.low_lsn:
+            self.low_lsn = lsn
+        if lsn > self.high_lsn:
+            self.high_lsn = lsn
         return 0
 
-    cdef int _add_value(self, const uint8_t *data, uint32_t size, LeafEntry *entry) noexcept nogil:
+    cdef int _place_value(self, const uint8_t *data, uint32_t size,
+                          LeafEntry *entry) noexcept nogil:
         cdef int code
-        if self.block_open and self.used - self.block_at - BLOCK_HEADER + size > BLOCK_TARGET:
+        if self.block_open and self.block_size + size > self.block_target:
             self._close_block()
         if not self.block_open:
-            if self.used + BLOCK_HEADER + BLOCK_TARGET > OUT_SIZE:
-                code = self._flush_out()
-                if code:
-                    return code
-            self.block_at = self.used
-            self.used += BLOCK_HEADER
-            self.block_open = True
-        entry.block = self.position + self.block_at
-        entry.offset = <uint16_t> (self.used - self.block_at - BLOCK_HEADER)
+            code = self._open_block()
+            if code:
+                return code
+        entry.block = self.block_at
+        entry.offset = <uint16_t> self.block_size
         if size:
-            memcpy(self.out + self.used, data, size)
-        self.used += size
+            memcpy(self.block + self.block_size, data, size)
+        self.block_size += size
         return 0
 
-    cdef int _add_big_value(self, const uint8_t *data, uint32_t size,
-                            LeafEntry *entry) noexcept nogil:
-        """A block of its own, written past the buffer."""
-        cdef uint8_t header[BLOCK_HEADER]
+    cdef int _open_block(self) noexcept nogil:
+        """Begin a block, with room for a whole one in the buffer."""
         cdef int code
-        self._close_block()
-        code = self._flush_out()
-        if code:
-            return code
-        entry.block = self.position
-        entry.offset = 0
-        block_header(header, BLOCK_VALUES, size)
-        put32(header, block_crc(self.position, header, data, size))
-        code = self._write(header, BLOCK_HEADER)
-        return code if code else self._write(data, size)
+        if self.out.used + BLOCK_HEADER + self.block_target > OUTPUT_SIZE:
+            code = self.out.flush()
+            if code:
+                return code
+        self.block_at = self.out.position + self.out.used
+        self.block_size = 0
+        # What will be compressed is gathered aside and goes to the buffer when it is.
+        if self.compressor == NULL:
+            self.block = self.out.buffer + self.out.used + BLOCK_HEADER
+        else:
+            self.block = self.packing
+        self.block_open = True
+        return 0
 
     cdef void _close_block(self) noexcept nogil:
-        cdef uint8_t *header = self.out + self.block_at
-        cdef size_t size = self.used - self.block_at - BLOCK_HEADER
-        if not self.block_open:
-            return
-        block_header(header, BLOCK_VALUES, <uint32_t> size)
-        put32(header, block_crc(self.position + self.block_at, header, header + BLOCK_HEADER, size))
-        self.block_open = False
+        if self.block_open:
+            self.block_open = False
+            self._store_block(self.block_at, self.block, self.block_size)
 
-    cdef int _flush_out(self) noexcept nogil:
-        """Write the buffer, which ends with a whole block."""
-        cdef int code = self._write(self.out, self.used)
-        self.used = 0
+    cdef int _place_long_value(self, const uint8_t *data, uint32_t size,
+                               LeafEntry *entry) noexcept nogil:
+        """A block of its own."""
+        cdef uint8_t *packed = NULL
+        cdef const uint8_t *payload = data
+        cdef uint8_t header[BLOCK_HEADER]
+        cdef uint32_t stored = 0
+        cdef int code
+        self._close_block()
+        if self.out.used + BLOCK_HEADER + size > OUTPUT_SIZE:
+            code = self.out.flush()
+            if code:
+                return code
+        entry.block = self.out.position + self.out.used
+        entry.offset = 0
+        if BLOCK_HEADER + size <= OUTPUT_SIZE:
+            self._store_block(entry.block, data, size)
+            return 0
+        # It does not fit in the buffer, which is empty. Without memory to compress it, it stays
+        # as it is.
+        if self.compressor != NULL:
+            packed = <uint8_t *> malloc(size)
+            if packed != NULL:
+                stored = <uint32_t> zstd_compress(self.compressor, packed, size - 1, data, size,
+                                                  ZSTD_LEVEL)
+                if stored:
+                    payload = packed
+        finish_header(header, entry.block, BLOCK_VALUES, stored, size, payload)
+        code = self.out.write(header, BLOCK_HEADER)
+        if code == 0:
+            code = self.out.write(payload, stored if stored else size)
+        free(packed)
         return code
 
-    cdef int _write(self, const uint8_t *data, size_t size) noexcept nogil:
-        cdef ssize_t written
-        while size:
-            written = posix_write(self.fd, data, size)
-            if written < 0:
-                if errno == EINTR:
-                    continue
-                return errno
-            data += written
-            size -= written
-            self.position += written
-        if self.position - self.pushed >= PUSH_SIZE:
-            layer_start_writing(self.fd, self.pushed, self.position)
-            self.pushed = self.position
-        return 0
+    cdef void _store_block(self, uint64_t offset, const uint8_t *data,
+                           uint32_t size) noexcept nogil:
+        """Complete the block at the end of the buffer, compressed if that makes it smaller."""
+        cdef uint8_t *header = self.out.buffer + self.out.used
+        cdef uint32_t stored = 0
+        if self.compressor != NULL and size:
+            stored = <uint32_t> zstd_compress(self.compressor, header + BLOCK_HEADER, size - 1,
+                                              data, size, ZSTD_LEVEL)
+        if stored == 0 and size and data != header + BLOCK_HEADER:
+            memcpy(header + BLOCK_HEADER, data, size)
+        finish_block(header, offset, BLOCK_VALUES, stored, size)
+        self.out.used += BLOCK_HEADER + (stored if stored else size)
+
+    # ---- index
 
     cdef int _close_leaf(self) noexcept nogil:
         """Encode the pending entries; their block gets its checksum when its place is known."""
         cdef int n = self.n_entries, i, prefix, lsn_width, block_width
-        cdef size_t width, size, wanted
         cdef uint64_t low_lsn, high_lsn, low_block, high_block
         cdef uint8_t first[KEY_SIZE]
         cdef uint8_t key[KEY_SIZE]
         cdef uint8_t *p
-        cdef void *grown
         cdef LeafEntry *entry
         if n == 0:
             return 0
@@ -311,36 +406,16 @@ cdef class LayerWriter:
             prefix += 1
         lsn_width = 8 if high_lsn - low_lsn > 0xFFFFFFFFU else 4
         block_width = 8 if high_block - low_block > 0xFFFFFFFFU else 4
-        width = KEY_SIZE - prefix + lsn_width + 7 + block_width
-        size = BLOCK_HEADER + LEAF_HEADER + n * width
 
-        if self.index_used + size > self.index_capacity:
-            wanted = 2 * self.index_capacity + MAX_LEAF_SIZE
-            grown = realloc(self.index, wanted)
-            if grown == NULL:
-                return ENOMEM
-            self.index = <uint8_t *> grown
-            self.index_capacity = wanted
-        if self.root_used + ROOT_ENTRY > self.root_capacity:
-            wanted = 2 * self.root_capacity + 4096
-            grown = realloc(self.root, wanted)
-            if grown == NULL:
-                return ENOMEM
-            self.root = <uint8_t *> grown
-            self.root_capacity = wanted
-        if self.root_used == 0:
-            self.root_used = BLOCK_HEADER + ROOT_HEADER
-
-        p = self.root + self.root_used
+        p = grow(&self.root, ROOT_ENTRY, 4096)
+        if p == NULL:
+            return ENOMEM
         memcpy(p, first, KEY_SIZE)
         put64_big(p + 18, self.entries[0].lsn)
-        put64(p + 26, self.index_used)
-        put32(p + 34, <uint32_t> size)
-        self.root_used += ROOT_ENTRY
+        put64(p + 26, self.index.used)
+        put64(p + 34, low_block)
 
-        p = self.index + self.index_used
-        block_header(p, BLOCK_LEAF, <uint32_t> (size - BLOCK_HEADER))
-        p += BLOCK_HEADER
+        p = self.leaf
         memset(p, 0, LEAF_HEADER)
         put16(p, <uint16_t> n)
         p[2] = <uint8_t> prefix
@@ -365,69 +440,83 @@ cdef class LayerWriter:
             else:
                 put32(p, <uint32_t> (entry.block - low_block))
             p += block_width
-        self.index_used += size
+        if self._store_leaf(<uint32_t> (p - self.leaf)) != 0:
+            return ENOMEM
+        self.root.used += ROOT_ENTRY
         self.n_entries = 0
         return 0
 
-    cdef int _write_index(self, uint64_t *root_offset) noexcept nogil:
-        """Write the rest of the buffer, the leaves and the root."""
-        cdef uint64_t start
-        cdef uint8_t *entry
-        cdef uint8_t *leaf
-        cdef uint32_t size, count, i
-        cdef int code = self._flush_out()
-        if code:
-            return code
-        start = self.position
-        if self.root_used > 0xFFFFFFFFU:
-            return EOVERFLOW
-        count = <uint32_t> ((self.root_used - BLOCK_HEADER - ROOT_HEADER) // ROOT_ENTRY)
-        entry = self.root + BLOCK_HEADER + ROOT_HEADER
-        for i in range(count):
-            leaf = self.index + get64(entry + 26)
-            size = get32(entry + 34) - BLOCK_HEADER
-            put64(entry + 26, start + get64(entry + 26))
-            put32(leaf, block_crc(get64(entry + 26), leaf, leaf + BLOCK_HEADER, size))
-            entry += ROOT_ENTRY
-        code = self._write(self.index, self.index_used)
-        if code:
-            return code
-        root_offset[0] = self.position
-        size = <uint32_t> (self.root_used - BLOCK_HEADER)
-        block_header(self.root, BLOCK_ROOT, size)
-        put32(self.root + BLOCK_HEADER, count)
-        put32(self.root + BLOCK_HEADER + 4, 0)
-        put32(self.root, block_crc(self.position, self.root, self.root + BLOCK_HEADER, size))
-        return self._write(self.root, self.root_used)
-
-    cdef int _add_layer(self, InMemoryLayer layer, uint64_t *added) noexcept nogil:
-        cdef uint64_t i, n = 0
-        cdef uint32_t *order = sorted_entries(layer, &n)
-        cdef Entry *entry
-        cdef Entry *following
-        cdef Key key, next_key
-        cdef int code = 0
-        if order == NULL:
+    cdef int _store_leaf(self, uint32_t size) noexcept nogil:
+        """Append the leaf that was encoded to the index, compressed if that makes it smaller."""
+        cdef uint8_t *p = grow(&self.index, BLOCK_HEADER + size, 1 << 16)
+        cdef uint32_t stored = 0
+        if p == NULL:
             return ENOMEM
-        for i in range(n):
-            # Entries and values lie in the order of the puts: fetch ahead of their use.
-            if i + 2 * FETCH_AHEAD < n:
-                __builtin_prefetch(layer.entry_at(order[i + 2 * FETCH_AHEAD]))
-            if i + FETCH_AHEAD < n:
-                entry = layer.entry_at(order[i + FETCH_AHEAD])
-                __builtin_prefetch(layer.value_at(entry.position))
-                __builtin_prefetch(layer.value_at(entry.position) + 64)
-            entry = layer.entry_at(order[i])
-            key = entry_key(entry)
-            if i + 1 < n:
-                following = layer.entry_at(order[i + 1])
-                next_key = entry_key(following)
-                if following.lsn == entry.lsn and key_equal(&next_key, &key):
-                    continue    # replaced by a later put
-            code = self.add_raw(&key, entry.lsn, entry.flags, layer.value_at(entry.position),
-                                entry.size)
-            if code:
-                break
-            added[0] += 1
-        free(order)
+        if self.compressor != NULL:
+            stored = <uint32_t> zstd_compress(self.compressor, p + BLOCK_HEADER, size - 1,
+                                              self.leaf, size, ZSTD_LEVEL)
+        if stored == 0:
+            memcpy(p + BLOCK_HEADER, self.leaf, size)
+        block_header(p, BLOCK_LEAF, CODEC_ZSTD if stored else CODEC_NONE,
+                     stored if stored else size, size)
+        self.index.used += BLOCK_HEADER + (stored if stored else size)
+        self.index_bytes += size
+        return 0
+
+    cdef int _write_tail(self, bint filtered, uint64_t *filter_offset,
+                         uint64_t *root_offset) noexcept nogil:
+        """Write the rest of the buffer, the leaves, the filter and the root."""
+        cdef uint64_t leaf_offset, i, count = self.root.used // ROOT_ENTRY
+        cdef uint8_t *leaf
+        cdef uint8_t *fence = self.root.data
+        cdef int code = self.out.flush()
+        if code:
+            return code
+        leaf_offset = self.out.position
+        for i in range(count):
+            leaf = self.index.data + get64(fence + 26)
+            put64(fence + 26, leaf_offset + get64(fence + 26))
+            put32(leaf, block_crc(get64(fence + 26), leaf, leaf + BLOCK_HEADER, get32(leaf + 4)))
+            fence += ROOT_ENTRY
+        code = self.out.write(self.index.data, self.index.used)
+        if code == 0 and filtered:
+            filter_offset[0] = self.out.position
+            code = self._write_filter()
+        if code == 0:
+            root_offset[0] = self.out.position
+            code = self._write_root()
         return code
+
+    cdef int _write_filter(self) noexcept nogil:
+        cdef uint64_t lines = filter_lines_for(self.key_count), i
+        cdef uint64_t *hashes = <uint64_t *> self.hashes.data
+        cdef uint32_t size = <uint32_t> (lines * FILTER_LINE)
+        cdef uint8_t *block = <uint8_t *> calloc(1, BLOCK_HEADER + <size_t> size)
+        cdef uint8_t *filter = block + BLOCK_HEADER
+        cdef int code
+        if block == NULL:
+            return ENOMEM
+        for i in range(self.key_count):
+            if i + FETCH_AHEAD < self.key_count:
+                __builtin_prefetch(filter + filter_line(hashes[i + FETCH_AHEAD], lines))
+            filter_add(filter, lines, hashes[i])
+        finish_block(block, self.out.position, BLOCK_FILTER, 0, size)
+        code = self.out.write(block, BLOCK_HEADER + <size_t> size)
+        free(block)
+        return code
+
+    cdef int _write_root(self) noexcept nogil:
+        cdef uint8_t header[BLOCK_HEADER + ROOT_HEADER]
+        cdef uint64_t size = ROOT_HEADER + self.root.used
+        cdef uint32_t crc
+        cdef int code
+        if size > 0xFFFFFFFFU:
+            return EFBIG
+        block_header(header, BLOCK_ROOT, CODEC_NONE, <uint32_t> size, <uint32_t> size)
+        put32(header + BLOCK_HEADER, <uint32_t> (self.root.used // ROOT_ENTRY))
+        put32(header + BLOCK_HEADER + 4, 0)
+        crc = block_crc(self.out.position, header, header + BLOCK_HEADER, ROOT_HEADER)
+        crc = crc32c_update(crc ^ 0xFFFFFFFFU, self.root.data, self.root.used) ^ 0xFFFFFFFFU
+        put32(header, crc)
+        code = self.out.write(header, BLOCK_HEADER + ROOT_HEADER)
+        return code if code else self.out.write(self.root.data, self.root.used)

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from pageserver.layered_repository.errors import CorruptMetadataError
+from pageserver.layered_repository.errors import CorruptMetadataError, FormatVersionError
+from pageserver.layered_repository.files import FILES, Files
 from zenith_utils.crc32c import crc32c
-from zenith_utils.durable import write_file_durably
 from zenith_utils.ids import TimelineId
 
 METADATA_SIZE: Final = 512
 METADATA_FILE: Final = "metadata"
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 _HEADER = struct.Struct(">IHH")
 _U64 = struct.Struct(">Q")
 _TAIL = struct.Struct(">QQQ")
@@ -50,16 +50,17 @@ class TimelineMetadata:
 
     @classmethod
     def decode(cls, data: bytes, path: Path) -> TimelineMetadata:
-        """Parse the file's content; `path` is for the error. Raises CorruptMetadataError."""
+        """Parse the file's content; `path` is for the error.
+
+        Raises CorruptMetadataError, FormatVersionError.
+        """
         if len(data) != METADATA_SIZE:
             raise CorruptMetadataError(path, 0, f"{len(data)} bytes, expected {METADATA_SIZE}")
         checksum, size, version = _HEADER.unpack_from(data)
         if crc32c(data[4:]) != checksum:
             raise CorruptMetadataError(path, 0, "checksum mismatch")
         if version != FORMAT_VERSION:
-            raise CorruptMetadataError(
-                path, 6, f"format version {version}, this program reads {FORMAT_VERSION}"
-            )
+            raise FormatVersionError(path, version, FORMAT_VERSION)
         try:
             (disk_consistent_lsn,) = _U64.unpack_from(data, _HEADER.size)
             at = _HEADER.size + _U64.size
@@ -81,10 +82,10 @@ class TimelineMetadata:
 
 
 def read_metadata(path: Path) -> TimelineMetadata:
-    """Read a metadata file. Raises OSError, CorruptMetadataError."""
+    """Read a metadata file. Raises OSError, CorruptMetadataError, FormatVersionError."""
     return TimelineMetadata.decode(path.read_bytes(), path)
 
 
-def write_metadata(path: Path, metadata: TimelineMetadata) -> None:
+def write_metadata(path: Path, metadata: TimelineMetadata, files: Files = FILES) -> None:
     """Replace a metadata file durably. Raises OSError."""
-    write_file_durably(path, metadata.encode())
+    files.write_file_durably(path, metadata.encode())

@@ -1,4 +1,4 @@
-"""What a read collects on its way through the layers, newest to oldest."""
+"""What a read collects on its way through the layers: see read_batch.pyx."""
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 
 from pageserver.layered_repository.key cimport Key
@@ -9,7 +9,8 @@ cdef struct Query:
     int32_t newest       # index into `found` of the newest and the oldest value, -1: none
     int32_t oldest
     uint32_t count
-    bint complete        # an initialising value was found: nothing older matters
+    bint complete        # nothing older matters
+    bint based           # because the caller's base does: there is nothing between it and `oldest`
 
 cdef struct Found:
     uint64_t lsn
@@ -22,6 +23,8 @@ cdef class ReadBatch:
     cdef Query *queries
     cdef readonly int count
     cdef readonly int pending          # queries that are not complete
+    cdef readonly bint ascending       # the keys are, without duplicates
+    cdef bint any_floor
     cdef Found *found
     cdef int32_t n_found, cap_found
     cdef uint8_t *arena
@@ -31,4 +34,9 @@ cdef class ReadBatch:
 
     cdef int add(self, Query *query, uint64_t lsn, uint8_t flags, const uint8_t *data,
                  uint32_t size) noexcept nogil
-    cdef int _check_range(self, int first, int last) except -1
+    cdef void need_above(self, int i, uint64_t lsn) noexcept nogil
+    cdef void close_at(self, int first, int last, uint64_t upper) noexcept nogil
+    cdef void close(self, int first, int last) noexcept nogil
+    cdef bint any_pending(self, int first, int last) noexcept nogil
+    cdef bytes data(self, const Found *entry)
+    cdef int _check(self, int i) except -1

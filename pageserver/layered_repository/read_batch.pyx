@@ -1,4 +1,5 @@
 """What a read collects on its way through the layers, newest to oldest."""
+cimport cython
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
@@ -8,12 +9,12 @@ from pageserver.layered_repository.key cimport (
     FLAGS_IMAGE,
     WILL_INIT,
     Key,
-    key_bytes,
     key_less,
     key_parse,
 )
 
 
+@cython.final
 cdef class ReadBatch:
     """The keys of one read and the values found for them so far.
 
@@ -21,11 +22,12 @@ cdef class ReadBatch:
     WILL_INIT. The values are copied here, so nothing refers to a layer after its visit.
     """
 
-    def __cinit__(self, list keys not None):
+    def __cinit__(self, keys not None):
         cdef Py_ssize_t i, n = len(keys)
         if n > 0x7FFFFFFF:
             raise ValueError("too many keys in one read")
         self.count = self.pending = <int> n
+        self.ascending = True
         self.found = self.few_found
         self.cap_found = 4
         if n == 1:
@@ -37,6 +39,8 @@ cdef class ReadBatch:
         for i in range(n):
             key_parse(&self.queries[i].key, <bytes?> keys[i])
             self.queries[i].newest = self.queries[i].oldest = -1
+            if i and not key_less(&self.queries[i - 1].key, &self.queries[i].key):
+                self.ascending = False
 
     def __dealloc__(self):
         if self.queries != &self.one_query:
@@ -98,98 +102,77 @@ cdef class ReadBatch:
             self.pending -= 1
         return 0
 
-    def set_floor(self, int i, uint64_t lsn):
-        """Say that query `i` needs only values newer than `lsn`."""
-        self._check_range(i, i + 1)
+    cdef void need_above(self, int i, uint64_t lsn) noexcept nogil:
+        """Say that query `i` needs only values newer than `lsn`: the caller has its base there."""
         self.queries[i].floor = lsn
+        self.any_floor = True
 
-    def close_at(self, int first, int last, uint64_t upper):
+    cdef void close_at(self, int first, int last, uint64_t upper) noexcept nogil:
         """Complete the queries of [first, last) that need nothing at or below `upper`."""
         cdef int i
         cdef Query *query
-        self._check_range(first, last)
+        if not self.any_floor:
+            return
         for i in range(first, last):
             query = &self.queries[i]
             if not query.complete and query.floor and query.floor >= upper:
-                query.complete = True
+                query.complete = query.based = True
                 self.pending -= 1
 
-    def close(self, int first, int last):
-        """Complete the queries [first, last): there is nothing older for them."""
+    cdef void close(self, int first, int last) noexcept nogil:
+        """Complete the queries [first, last): nothing older counts, not even a base."""
         cdef int i
-        self._check_range(first, last)
         for i in range(first, last):
             if not self.queries[i].complete:
                 self.queries[i].complete = True
                 self.pending -= 1
 
-    def any_pending(self, int first, int last):
+    cdef bint any_pending(self, int first, int last) noexcept nogil:
         """Whether a query of [first, last) needs older values."""
         cdef int i
         if self.pending == 0:
             return False
-        self._check_range(first, last)
         for i in range(first, last):
             if not self.queries[i].complete:
                 return True
         return False
 
-    def lower_bound(self, int first, bytes key not None):
-        """The first query at or after `first` whose key is not below `key`; keys ascend."""
-        cdef Key wanted
-        cdef int low = first, high = self.count, middle
-        self._check_range(first, first)
-        key_parse(&wanted, key)
-        while low < high:
-            middle = low + (high - low) // 2
-            if key_less(&self.queries[middle].key, &wanted):
-                low = middle + 1
-            else:
-                high = middle
-        return low
-
-    cdef int _check_range(self, int first, int last) except -1:
-        if first < 0 or last > self.count or first > self.count:
-            raise IndexError(f"queries {first} to {last} of {self.count}")
+    cdef int _check(self, int i) except -1:
+        if not 0 <= i < self.count:
+            raise IndexError(f"query {i} of {self.count}")
         return 0
 
-    def key(self, int i):
-        """The key of query `i`."""
-        self._check_range(i, i + 1)
-        return key_bytes(&self.queries[i].key)
+    def set_floor(self, int i, uint64_t lsn):
+        """Say that query `i` needs only values newer than `lsn`."""
+        self._check(i)
+        self.need_above(i, lsn)
 
     def is_pending(self, int i):
         """Whether query `i` still needs older values."""
-        self._check_range(i, i + 1)
+        self._check(i)
         return not self.queries[i].complete
+
+    cdef bytes data(self, const Found *entry):
+        """The bytes of a value."""
+        return PyBytes_FromStringAndSize(<char *> self.arena + entry.position, entry.size)
 
     def image(self, int i):
         """The bytes of query `i` if its newest value is an image, else None."""
-        self._check_range(i, i + 1)
-        cdef Query *query = &self.queries[i]
-        cdef Found *entry
-        if query.newest < 0:
+        self._check(i)
+        cdef int32_t newest = self.queries[i].newest
+        if newest < 0 or self.found[newest].flags != FLAGS_IMAGE:
             return None
-        entry = &self.found[query.newest]
-        if entry.flags != FLAGS_IMAGE:
-            return None
-        return PyBytes_FromStringAndSize(<char *> self.arena + entry.position, entry.size)
-
-    def found_count(self, int i):
-        """How many values query `i` has."""
-        self._check_range(i, i + 1)
-        return self.queries[i].count
+        return self.data(&self.found[newest])
 
     def values(self, int i):
         """The values of query `i` as [(lsn, flags, data)], oldest first."""
-        self._check_range(i, i + 1)
+        self._check(i)
         cdef int32_t at = self.queries[i].newest
         cdef Found *entry
         cdef list result = []
         while at >= 0:
             entry = &self.found[at]
-            result.append((entry.lsn, entry.flags, PyBytes_FromStringAndSize(
-                <char *> self.arena + entry.position, entry.size)))
+            result.append((entry.lsn, entry.flags, self.data(entry)))
             at = entry.older
         result.reverse()
         return result

@@ -2,45 +2,45 @@
 
 from __future__ import annotations
 
-import logging
 import threading
-import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from types import TracebackType
-from typing import Self
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import count
 
-from typing_extensions import Buffer
-
-from pageserver.layered_repository import reader
+from pageserver.layered_repository import collector, reader
+from pageserver.layered_repository.compactor import CompactionResult, Compactor, Keyspace
 from pageserver.layered_repository.errors import (
+    LayerGoneError,
     LsnNotReadable,
-    StoreError,
     TimelineStopped,
     WaitLsnTimeout,
 )
 from pageserver.layered_repository.flusher import LayerFlusher
+from pageserver.layered_repository.gc_plan import GcResult
 from pageserver.layered_repository.inmemory_layer import InMemoryLayer
 from pageserver.layered_repository.layer_file import LayerFile
-from pageserver.layered_repository.layer_map import LayerMap
+from pageserver.layered_repository.layer_set import LayerSet
+from pageserver.layered_repository.maintenance import Maintenance
 from pageserver.layered_repository.metadata import TimelineMetadata
-from pageserver.layered_repository.page_cache import PageCache
+from pageserver.layered_repository.metadata_keeper import MetadataKeeper
+from pageserver.layered_repository.read_pins import ReadPin
 from pageserver.layered_repository.reader import ReadView, Reconstruct
+from pageserver.layered_repository.record_position import RecordPosition
+from pageserver.layered_repository.resources import StoreContext
 from pageserver.layered_repository.settings import StoreSettings
 from pageserver.layered_repository.timeline_dir import TimelineDir
+from pageserver.layered_repository.timeline_writer import (
+    TimelineWriter,
+    WriteAccess,
+    check_aligned,
+)
 from zenith_utils.ids import TimelineId
 from zenith_utils.lsn import Lsn, lsn_text
 
-log = logging.getLogger(__name__)
+__all__ = ["Timeline", "TimelineWriter"]
 
-
-@dataclass(frozen=True, slots=True)
-class StoreContext:
-    """What the timelines of a repository share."""
-
-    settings: StoreSettings
-    reconstruct: Reconstruct
-    page_cache: PageCache
+_cache_numbers = count()
 
 
 class Timeline:
@@ -48,6 +48,7 @@ class Timeline:
 
     Reading takes no lock and may be done by any number of threads; writing is done through
     `writer()`, one thread at a time. LSNs are those of the ends of WAL records, multiples of 8.
+    A reader holds a `pin` on the LSN it reads at, unless garbage collection cannot get there.
     """
 
     def __init__(
@@ -61,46 +62,59 @@ class Timeline:
     ) -> None:
         self.timeline_id: TimelineId = directory.timeline_id
         self.directory = directory
-        self.settings = context.settings
+        self.context = context
         self.reconstruct: Reconstruct = context.reconstruct
         self.ancestor = ancestor
         self.ancestor_id: TimelineId | None = metadata.ancestor_id
         self.ancestor_lsn = Lsn(metadata.ancestor_lsn)
         self.initdb_lsn = Lsn(metadata.initdb_lsn)
         self.latest_gc_cutoff_lsn = Lsn(metadata.latest_gc_cutoff_lsn)
-        self._page_cache = context.page_cache
-        self._metadata = metadata
-        self._record_lsns = (Lsn(metadata.disk_consistent_lsn), Lsn(metadata.prev_record_lsn))
-        self.view = ReadView(InMemoryLayer(metadata.disk_consistent_lsn + 1), (), LayerMap(layers))
-        self._changed = threading.Condition()  # LSNs, the view, stopping
-        self._waiting = 0
+        self.metadata = MetadataKeeper(directory, metadata)
+        self.pins: dict[ReadPin, int] = {}
+        """Reads in progress in this timeline's own history, also those that began in a branch."""
+        self.position = RecordPosition(metadata.disk_consistent_lsn, metadata.prev_record_lsn)
+        self.layer_set = LayerSet(self.new_open_layer(metadata.disk_consistent_lsn + 1), layers)
+        self.maintenance = Maintenance(self)
+        self.flusher = LayerFlusher(self)
+        self._page_cache = context.resources.page_cache
+        # Of this object, not of the id: a timeline may be deleted and another get its id.
+        self._cache_prefix = next(_cache_numbers).to_bytes(8, "big")
+        self._write_access = WriteAccess(self)
+        self._compactor = Compactor(self)
+        self._cutoff_lock = threading.Lock()
         self._stopped = False
-        self._writer_lock = threading.RLock()
-        self._writer_active = False
-        self._create_lock = threading.Lock()
-        self._flusher = LayerFlusher(self)
 
     # ---- positions
 
     @property
+    def settings(self) -> StoreSettings:
+        """The settings in force now."""
+        return self.context.settings
+
+    @property
+    def view(self) -> ReadView:
+        """All layers of this moment."""
+        return self.layer_set.view
+
+    @property
     def last_record(self) -> tuple[Lsn, Lsn]:
         """(last_record_lsn, prev_record_lsn) of one moment."""
-        return self._record_lsns
+        return self.position.current
 
     @property
     def last_record_lsn(self) -> Lsn:
         """End of the last record ingested; 0 before the import."""
-        return self._record_lsns[0]
+        return self.position.current[0]
 
     @property
     def prev_record_lsn(self) -> Lsn:
         """Start of the last record, 0 if not known."""
-        return self._record_lsns[1]
+        return self.position.current[1]
 
     @property
     def disk_consistent_lsn(self) -> Lsn:
         """Everything up to here is in durable layer files."""
-        return Lsn(self._metadata.disk_consistent_lsn)
+        return Lsn(self.metadata.current.disk_consistent_lsn)
 
     @property
     def wal_since_freeze(self) -> int:
@@ -112,72 +126,89 @@ class Timeline:
 
         Raises WaitLsnTimeout after `timeout` seconds, TimelineStopped.
         """
-        if self._record_lsns[0] >= lsn:
+        if self.position.wait(lsn, timeout):
             return
-        deadline = time.monotonic() + timeout
-        with self._changed:
-            self._waiting += 1
-            try:
-                while self._record_lsns[0] < lsn:
-                    self._check_running()
-                    if not self._changed.wait(deadline - time.monotonic()):
-                        break
-            finally:
-                self._waiting -= 1
-        if self._record_lsns[0] < lsn:
-            raise WaitLsnTimeout(
-                f"Timed out while waiting for WAL record at LSN {lsn_text(lsn)} to arrive, "
-                f"last_record_lsn {self.last_record_lsn} "
-                f"disk consistent LSN={self.disk_consistent_lsn}"
-            )
+        self.check_running()
+        raise WaitLsnTimeout(
+            f"Timed out while waiting for WAL record at LSN {lsn_text(lsn)} to arrive, "
+            f"last_record_lsn {self.last_record_lsn} "
+            f"disk consistent LSN={self.disk_consistent_lsn}"
+        )
 
     def check_lsn_readable(self, lsn: int) -> None:
-        """Raise LsnNotReadable if history at `lsn` may have been garbage collected."""
-        cutoff = self.latest_gc_cutoff_lsn
-        if lsn < cutoff:
-            raise LsnNotReadable(
-                "tried to request a page version that was garbage collected. "
-                f"requested at {lsn_text(lsn)} gc cutoff {cutoff}"
-            )
+        """Raise LsnNotReadable if history at `lsn` may have been garbage collected.
+
+        Below the branch point that is up to the ancestor too.
+        """
+        timeline: Timeline | None = self
+        while timeline is not None:
+            cutoff = timeline.latest_gc_cutoff_lsn
+            if lsn < cutoff:
+                raise LsnNotReadable(
+                    "tried to request a page version that was garbage collected. "
+                    f"requested at {lsn_text(lsn)} gc cutoff {cutoff}"
+                )
+            timeline = timeline.ancestor if lsn < timeline.ancestor_lsn else None
 
     # ---- reading
+
+    def pin(self, lsn: int) -> ReadPin:
+        """`with timeline.pin(lsn):` keeps what is needed to read at `lsn`, whatever the cutoff.
+
+        Raises LsnNotReadable if it is too late.
+        """
+        return ReadPin(self, lsn)
 
     def get(self, key: bytes, lsn: int) -> bytes:
         """The value of an 18-byte key at an LSN: its newest version at or below.
 
-        The caller has waited for the LSN and checked that it is readable. Raises KeyNotFound,
-        MissingBaseError, CorruptLayerError, WaitLsnTimeout (of the ancestor after a restart), and
-        what the reconstruct callback raises.
+        The caller has waited for the LSN and pinned it. Raises KeyNotFound, MissingBaseError,
+        CorruptLayerError, WaitLsnTimeout (of the ancestor after a restart), and what the
+        reconstruct callback raises.
         """
-        return reader.get(self, key, lsn)
+        try:
+            return reader.get(self, key, lsn)
+        except LayerGoneError:
+            self.check_running()
+            raise
 
-    def get_vectored(self, keys: Sequence[bytes], lsn: int) -> list[bytes | None]:
+    def get_vectored(
+        self, keys: Sequence[bytes], lsn: int, *, cache: bool = True
+    ) -> list[bytes | None]:
         """The values of many keys, in their order, None for one that does not exist.
 
         One walk through the layers and one call of the reconstruct callback; raises what `get`
-        does except KeyNotFound.
+        does except KeyNotFound. With `cache` the values made of records go to the page cache.
         """
-        return reader.get_vectored(self, keys, lsn)
+        try:
+            return reader.get_vectored(self, keys, lsn, cache=cache)
+        except LayerGoneError:
+            self.check_running()
+            raise
 
     def scan_keys(self, start: bytes, end: bytes, lsn: int) -> list[bytes]:
         """The keys in [start, end) that have a value at `lsn`, ascending."""
-        return reader.scan_keys(self, start, end, lsn)
+        try:
+            return reader.scan_keys(self, start, end, lsn)
+        except LayerGoneError:
+            self.check_running()
+            raise
 
     def cached(self, key: bytes, lsn: int) -> tuple[int, bytes] | None:
         """The newest reconstructed version (lsn, value) at or below `lsn` in the cache."""
-        return self._page_cache.get(self.timeline_id.raw + key, lsn)
+        return self._page_cache.get(self._cache_prefix + key, lsn)
 
     def cache(self, key: bytes, lsn: int, value: bytes) -> None:
         """Keep a reconstructed version whose newest record ends at `lsn`."""
         # What an unfinished batch wrote may still be replaced.
-        if lsn <= self._record_lsns[0]:
-            self._page_cache.put(self.timeline_id.raw + key, lsn, value)
+        if lsn <= self.last_record_lsn:
+            self._page_cache.put(self._cache_prefix + key, lsn, value)
 
     # ---- writing
 
     def writer(self) -> TimelineWriter:
         """The right to write, taken at `with`: hold it for a batch, not while waiting for input."""
-        return TimelineWriter(self)
+        return TimelineWriter(self._write_access)
 
     def import_image_layer(
         self, lsn: int, items: Iterable[tuple[bytes, bytes]], *, prev_lsn: int = 0
@@ -189,29 +220,35 @@ class Timeline:
         start of the last record. Raises ValueError if the timeline is not empty or the keys do not
         ascend, OSError, and what `items` raises.
         """
-        with self._writer_lock, self._create_lock:
-            if self._writer_active or self.last_record_lsn or self.directory.exists():
+        with self._write_access:
+            if self.last_record_lsn:
                 raise ValueError(f"timeline {self.timeline_id} is not empty")
-            self._check_running()
-            _check_aligned(lsn)
-            metadata = replace(self._metadata, disk_consistent_lsn=lsn, prev_record_lsn=prev_lsn)
-            layer = self.directory.create_with_image(metadata, lsn, items)
-            with self._changed:
-                self._metadata = metadata
-                self.view = ReadView(InMemoryLayer(lsn + 1), (), LayerMap([layer]))
-                self._record_lsns = (Lsn(lsn), Lsn(prev_lsn))
-                self._changed.notify_all()
+            self.check_running()
+            check_aligned(lsn)
+            layers: list[LayerFile] = []
+
+            def create() -> TimelineMetadata:
+                metadata = replace(
+                    self.metadata.current, disk_consistent_lsn=lsn, prev_record_lsn=prev_lsn
+                )
+                layers.append(self.directory.create_with_image(metadata, lsn, items))
+                return metadata
+
+            self.metadata.create_with(create)
+            self.layer_set.begin(self.new_open_layer(lsn + 1), layers)
+            self.position.advance(lsn, prev_lsn)
 
     def freeze(self) -> None:
         """Close the open layer and begin a new one; the old one is flushed in the background."""
-        with self._writer_lock:
-            self._check_no_batch()
-            self._freeze()
-        self._flusher.wake()
+        self._write_access.freeze()
+
+    def request_freeze(self) -> None:
+        """The same as soon as no batch is in the way; does not wait, from any thread."""
+        self._write_access.request_freeze()
 
     def flush(self) -> None:
         """Write what is frozen; it is durable on return. Raises OSError, nothing is lost then."""
-        self._flusher.flush()
+        self.flusher.flush()
 
     def checkpoint(self) -> None:
         """Make everything up to last_record_lsn durable. Raises OSError."""
@@ -220,171 +257,101 @@ class Timeline:
 
     def persist(self) -> None:
         """Make the timeline itself durable, however empty (it is from its first layer on)."""
-        with self._create_lock:
-            if not self.directory.exists():
-                self.directory.create(self._metadata)
+        self.metadata.create()
+
+    def new_open_layer(self, start_lsn: int) -> InMemoryLayer:
+        """An empty layer for what comes from `start_lsn` on."""
+        return InMemoryLayer(
+            start_lsn,
+            spill_dir=self.context.spill_dir,
+            spill_after=self.settings.spill_after,
+        )
+
+    # ---- maintenance
+
+    def compact(self, keyspace: Keyspace, *, force: bool = False) -> CompactionResult:
+        """Merge L0 deltas and make image layers, where that is due.
+
+        `keyspace(lsn)` gives the ranges of keys that may exist at an LSN; it is asked only when
+        images are due. A background round (without `force`) does nothing while another one runs,
+        if nothing has changed since one that found nothing to do, or for a while after a failure.
+        With `force` whatever L0 deltas there are get merged, and running work is waited for.
+        Raises CorruptLayerError, OSError, TimelineStopped, and what `keyspace` and the reconstruct
+        callback raise; what was done until then counts.
+        """
+        return self._compactor.run(keyspace, force=force)
+
+    def gc(self, cutoff: int, points: Sequence[int] = ()) -> GcResult:
+        """Forget history below `cutoff` except for the state at branch points, pins and `points`.
+
+        No LSN below the cutoff is readable any more from the moment of the call, whatever is
+        deleted; a cutoff lower than an earlier one changes nothing, and one that is not on disk yet
+        is lowered to what is. Waits for a compaction that runs. Raises StoreError when branch
+        points cannot be told, OSError, TimelineStopped.
+        """
+        self.publish_gc_cutoff(cutoff)
+        return collector.collect(self, points)
+
+    def publish_gc_cutoff(self, cutoff: int) -> None:
+        """Refuse reads and branches below `cutoff` from now on. No I/O.
+
+        It stays at disk_consistent_lsn at most: after a crash that is the newest LSN there is.
+        """
+        with self._cutoff_lock:
+            cutoff = min(cutoff, self.disk_consistent_lsn)
+            self.latest_gc_cutoff_lsn = Lsn(max(cutoff, self.latest_gc_cutoff_lsn))
+
+    @contextmanager
+    def cutoff_held(self) -> Iterator[Lsn]:
+        """The GC cutoff, which is not moved meanwhile: hold it for moments."""
+        with self._cutoff_lock:
+            yield self.latest_gc_cutoff_lsn
+
+    def branches_changed(self) -> None:
+        """A branch of this timeline was deleted: what was kept for it may be garbage now."""
+        self._compactor.look_again()
+
+    def retain_points(self) -> list[int]:
+        """LSNs below the cutoff whose state is kept: where branches begin, and reads in progress.
+
+        Take them after the cutoff was published. Raises StoreError.
+        """
+        # The copies are made in one step each, so threads may add and remove entries meanwhile.
+        return [*self.context.branch_points(self.timeline_id), *list(self.pins.values())]
+
+    # ---- the end
+
+    @property
+    def stopping(self) -> bool:
+        """Whether long work is to end soon."""
+        return self.maintenance.stopping
+
+    def check_running(self) -> None:
+        """Raise TimelineStopped after a shutdown."""
+        if self._stopped:
+            raise TimelineStopped(f"timeline {self.timeline_id} was shut down")
 
     def shutdown(self, *, flush: bool) -> None:
         """Stop: waiters and later writes get TimelineStopped.
 
         With `flush` everything ingested is made durable first (raises OSError), without it what is
-        not on disk is dropped.
+        not on disk is dropped. Compaction ends at its next step.
         """
+        self.maintenance.stop()
+        # A writer that waits for the flush has the lock that a checkpoint needs.
+        self.layer_set.stop()
         try:
             if flush and not self._stopped:
                 self.checkpoint()
         finally:
-            with self._changed:
-                self._stopped = True
-                self._changed.notify_all()
-            self._flusher.join()
+            self._stopped = True
+            self.position.stop()
+            self.flusher.join()
+            self.maintenance.join()
+            self.context.resources.memory.forget(self)
 
-    # ---- for the writer and the flusher
-
-    def _check_running(self) -> None:
-        if self._stopped:
-            raise TimelineStopped(f"timeline {self.timeline_id} was shut down")
-
-    def _check_no_batch(self) -> None:
-        if self._writer_active:
-            raise StoreError("not while this thread writes a batch")
-
-    def _freeze(self) -> None:
-        """With the writer's lock, between batches. No I/O."""
-        last_lsn, prev_lsn = self._record_lsns
-        with self._changed:
-            view = self.view
-            if last_lsn >= view.open.start_lsn:
-                view.open.freeze(last_lsn + 1, prev_lsn)
-                frozen = (view.open, *view.frozen)
-            elif view.open.max_lsn:
-                frozen = view.frozen  # nothing but an aborted batch: forget it
-            else:
-                return
-            self.view = ReadView(InMemoryLayer(last_lsn + 1), frozen, view.layers)
-
-    def _advance(self, lsn: int, prev_lsn: int) -> None:
-        _check_aligned(lsn)
-        open_layer = self.view.open
-        if lsn < self.last_record_lsn or lsn < open_layer.max_lsn:
-            raise ValueError(
-                f"cannot advance to {lsn_text(lsn)}: last_record_lsn is {self.last_record_lsn}, "
-                f"the newest value is at {lsn_text(open_layer.max_lsn)}"
-            )
-        with self._changed:
-            self._check_running()
-            open_layer.publish(lsn)
-            self._record_lsns = (Lsn(lsn), Lsn(prev_lsn))
-            if self._waiting:
-                self._changed.notify_all()
-        if (
-            self.wal_since_freeze >= self.settings.checkpoint_distance
-            or open_layer.memory_size >= self.settings.max_open_layer_size
-        ):
-            self._freeze()
-            self._flusher.wake()
-            self._wait_for_flush()
-
-    def _wait_for_flush(self) -> None:
-        """Hold the writer back while too many frozen layers wait for the disk."""
-        with self._changed:
-            self._waiting += 1
-            try:
-                while len(self.view.frozen) > self.settings.max_frozen_layers:
-                    self._check_running()
-                    self._changed.wait()
-            finally:
-                self._waiting -= 1
-
-    def oldest_frozen(self) -> InMemoryLayer | None:
-        """The layer to be flushed next."""
-        frozen = self.view.frozen
-        return frozen[-1] if frozen else None
-
-    def flush_layer(self, layer: InMemoryLayer) -> None:
-        """Write the oldest frozen layer: file, metadata, then the readers' view.
-
-        A crash or an error in between leaves a file beyond disk_consistent_lsn, which the next
-        start sets aside and the next attempt overwrites.
-        """
-        self.persist()
-        file = self.directory.write_delta(layer)
-        metadata = replace(
-            self._metadata,
-            disk_consistent_lsn=layer.end_lsn - 1,
-            prev_record_lsn=layer.prev_record_lsn,
-            latest_gc_cutoff_lsn=self.latest_gc_cutoff_lsn,
-        )
-        self.directory.write_metadata(metadata)
-        with self._changed:
-            view = self.view
-            layers = view.layers if file is None else view.layers.with_changes(add=[file])
-            self.view = ReadView(view.open, view.frozen[:-1], layers)
-            self._metadata = metadata
-            self._changed.notify_all()
-
-
-class TimelineWriter:
-    """The right to write to a timeline, as a context manager for one thread at a time.
-
-    What was put since the last `advance` is dropped when the block is left, by an exception or not.
-    """
-
-    __slots__ = ("_timeline", "open_layer")
-
-    open_layer: InMemoryLayer
-    """Where native code puts values; read it again after every `advance`."""
-
-    def __init__(self, timeline: Timeline) -> None:
-        self._timeline = timeline
-
-    def __enter__(self) -> Self:
-        timeline = self._timeline
-        timeline._writer_lock.acquire()
-        try:
-            timeline._check_no_batch()
-            timeline._check_running()
-        except BaseException:
-            timeline._writer_lock.release()
-            raise
-        timeline._writer_active = True
-        self.open_layer = timeline.view.open
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        timeline = self._timeline
-        try:
-            if timeline.view.open.max_lsn > timeline.last_record_lsn:
-                timeline._freeze()
-                timeline._flusher.wake()
-        finally:
-            del self.open_layer
-            timeline._writer_active = False
-            timeline._writer_lock.release()
-
-    def put(self, key: bytes, lsn: int, flags: int, data: Buffer) -> None:
-        """Add a value at an LSN above last_record_lsn; the last one of a key at an LSN counts.
-
-        flags: bit 0 the value needs nothing older, bits 1-7 the kind (0: image).
-        """
-        self.open_layer.put(key, lsn, flags, data)
-
-    def advance(self, lsn: int, prev_lsn: int) -> None:
-        """End an atomic batch: all of it becomes visible, waiters for an LSN wake up.
-
-        `lsn` is the end of the last record of the batch, `prev_lsn` its start (0: not known). May
-        freeze the open layer, and waits while the flush is too far behind. Raises ValueError for
-        an LSN that goes back or is not a multiple of 8, TimelineStopped.
-        """
-        self._timeline._advance(lsn, prev_lsn)
-        self.open_layer = self._timeline.view.open
-
-
-def _check_aligned(lsn: int) -> None:
-    if lsn & 7:
-        raise ValueError(f"LSN {lsn_text(lsn)} is not a multiple of 8")
+    def detach(self) -> None:
+        """Stop because the files are about to be deleted; who reads then gets TimelineStopped."""
+        self.shutdown(flush=False)
+        for layer in self.view.layers:
+            layer.gone = True

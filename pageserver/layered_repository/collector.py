@@ -1,0 +1,43 @@
+"""Executes the garbage collection of a timeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from pageserver.layered_repository.gc_plan import GcResult, plan_gc
+
+if TYPE_CHECKING:
+    from pageserver.layered_repository.timeline import Timeline
+
+
+def collect(timeline: Timeline, points: Sequence[int]) -> GcResult:
+    """Delete the layers that nobody needs who reads at or above the published cutoff.
+
+    The state at `points` is kept too, and at those of the timeline; see Timeline.gc.
+    """
+    measured = timeline.context.resources.measure("gc", timeline)
+    with timeline.maintenance.turn(wait=True), measured:
+        cutoff = timeline.latest_gc_cutoff_lsn
+        # Durable before the first deletion: after a crash nobody may believe that what is gone can
+        # be read, or begin a branch there.
+        timeline.metadata.update(
+            lambda metadata: replace(
+                metadata,
+                latest_gc_cutoff_lsn=max(cutoff, metadata.latest_gc_cutoff_lsn),
+            )
+        )
+        # What the plan finds missing must stay missing: a tombstone may go if nothing is left below
+        # it, and if that came back after a crash deleted keys would too.
+        timeline.maintenance.sync_removals()
+        plan = plan_gc(
+            timeline.view.layers,
+            cutoff=cutoff,
+            points=[*points, *timeline.retain_points()],
+            has_ancestor=timeline.ancestor_id is not None,
+            disk_consistent_lsn=timeline.disk_consistent_lsn,
+            is_empty=lambda image: timeline.maintenance.count_entries(image) == 0,
+        )
+        timeline.maintenance.replace_layers((), [*plan.remove, *plan.tombstones])
+        return plan.counters

@@ -1,0 +1,6 @@
+from pageserver.layered_repository.inmemory_layer import InMemoryLayer
+
+class FrozenLayerScan:
+    def __init__(self, layer: InMemoryLayer) -> None: ...
+    @property
+    def layer(self) -> InMemoryLayer: ...

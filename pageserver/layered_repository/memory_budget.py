@@ -1,0 +1,139 @@
+"""How much memory the layers of all timelines take, and who gives some back.
+
+Only bookkeeping: the budget knows numbers and says what is to be done, timelines do it.
+
+Protocol
+--------
+- After each batch the holder of a timeline's writer calls `grown` with the size of the open layer.
+  While the open layers of all timelines together are over the limit, it is answered with the
+  timeline whose open layer is the largest, which is to be frozen: if that is its own, by the caller
+  at once; if it is another one, by the caller too, provided that timeline's writer lock can be had
+  without waiting. If it cannot, somebody is writing there and hears the same after the batch.
+  Nobody waits for a writer lock while holding one, so there is no deadlock. If the open layers
+  pass even the hard limit, because the writer of the largest gets no time, each caller is answered
+  with its own timeline.
+- Whoever freezes a layer calls `frozen`, whoever has flushed one `flushed`; a flush may be quicker
+  than the one who froze.
+- Between batches a writer calls `wait_for_room` and repeats it while it returns False and the
+  timeline runs. It waits only while there are frozen layers: their flush ends the wait.
+- A timeline that stops calls `forget`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Hashable
+from typing import Generic, TypeVar
+
+T = TypeVar("T", bound=Hashable)
+
+
+class MemoryBudget(Generic[T]):
+    """Bytes of memory in the layers of the timelines `T` of a pageserver; for any thread.
+
+    limit: of the open layers together. Open and frozen layers may take half as much again; then
+    writers have to wait.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._open: dict[T, int] = {}
+        self._frozen: dict[T, int] = {}
+        self._open_total = 0
+        self._frozen_total = 0
+        self._room = threading.Condition(threading.Lock())
+        self._waiting = 0
+
+    @property
+    def limit(self) -> int:
+        """Bytes from which on the largest open layer is to be frozen."""
+        return self._limit
+
+    @property
+    def hard_limit(self) -> int:
+        """Bytes of open and frozen layers from which on writers wait."""
+        return self._limit + self._limit // 2
+
+    @property
+    def total(self) -> int:
+        """Bytes of all open and frozen layers."""
+        with self._room:
+            return self._open_total + self._frozen_total
+
+    def resize(self, limit: int) -> None:
+        """Change the limit."""
+        with self._room:
+            self._limit = limit
+            self._wake()
+
+    def grown(self, timeline: T, size: int) -> T | None:
+        """Say how large the open layer of a timeline is; returns the timeline to freeze, if any."""
+        with self._room:
+            self._set_open(timeline, size)
+            if self._open_total <= self._limit:
+                return None
+            if self._open_total > self.hard_limit:
+                return timeline
+            return max(self._open, key=self._open.__getitem__)
+
+    def frozen(self, timeline: T, size: int) -> None:
+        """The open layer became a frozen one of `size` bytes; the new open one is empty."""
+        with self._room:
+            self._add_frozen(timeline, size)
+            self._set_open(timeline, 0)
+            self._wake()
+
+    def flushed(self, timeline: T, size: int) -> None:
+        """A frozen layer of `size` bytes is gone; nothing happens if the timeline is forgotten."""
+        with self._room:
+            if timeline in self._open or timeline in self._frozen:
+                self._add_frozen(timeline, -size)
+                self._wake()
+
+    def forget(self, timeline: T) -> None:
+        """The layers of the timeline are gone or soon will be."""
+        with self._room:
+            self._set_open(timeline, 0)
+            self._frozen_total -= self._frozen.pop(timeline, 0)
+            self._wake()
+
+    def wait_for_room(self, timeout: float) -> bool:
+        """Wait while the hard limit is passed, `timeout` seconds at most; False if it still is.
+
+        The caller must not hold anything a flush needs.
+        """
+        deadline = time.monotonic() + timeout
+        with self._room:
+            self._waiting += 1
+            try:
+                while self._must_wait():
+                    left = deadline - time.monotonic()
+                    if left <= 0:
+                        return False
+                    self._room.wait(left)
+            finally:
+                self._waiting -= 1
+        return True
+
+    def _must_wait(self) -> bool:
+        return 0 < self._frozen_total > self.hard_limit - self._open_total
+
+    def _set_open(self, timeline: T, size: int) -> None:
+        self._open_total += size - self._open.get(timeline, 0)
+        if size:
+            self._open[timeline] = size
+        else:
+            self._open.pop(timeline, None)
+
+    def _add_frozen(self, timeline: T, size: int) -> None:
+        self._frozen_total += size
+        left = self._frozen.get(timeline, 0) + size
+        if left:
+            self._frozen[timeline] = left
+        else:
+            self._frozen.pop(timeline, None)
+
+    def _wake(self) -> None:
+        if self._waiting and not self._must_wait():
+            self._room.notify_all()

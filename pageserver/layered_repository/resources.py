@@ -1,0 +1,75 @@
+"""What the repositories of a pageserver share, and the timelines of a repository."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from pageserver.layered_repository.descriptor_cache import DescriptorCache
+from pageserver.layered_repository.files import FILES, Files
+from pageserver.layered_repository.memory_budget import MemoryBudget
+from pageserver.layered_repository.page_cache import PageCache
+from pageserver.layered_repository.reader import Reconstruct
+from pageserver.layered_repository.settings import StoreSettings
+from zenith_utils.ids import TimelineId
+
+if TYPE_CHECKING:
+    from pageserver.layered_repository.timeline import Timeline
+
+Measure = Callable[[str, "Timeline"], AbstractContextManager[object]]
+"""Measures a `with` block: the name of an operation and the timeline that it works on."""
+
+DEFAULT_MAX_FILE_DESCRIPTORS: Final = 100
+DEFAULT_MEMORY_LIMIT: Final = 1 << 30
+
+
+def _not_measured(operation: str, timeline: Timeline) -> AbstractContextManager[object]:
+    return nullcontext()
+
+
+@dataclass(frozen=True, slots=True)
+class StoreResources:
+    """The limited goods of a pageserver, one of each for all its repositories.
+
+    page_cache: reconstructed values.
+    descriptors: open layer files.
+    memory: what open and frozen layers take.
+    files: the way to the file system.
+    measure: told of every flush, merge, image and collection.
+    """
+
+    page_cache: PageCache
+    descriptors: DescriptorCache
+    memory: MemoryBudget[Timeline]
+    files: Files = FILES
+    measure: Measure = _not_measured
+
+    @classmethod
+    def own(cls, settings: StoreSettings) -> StoreResources:
+        """Those of a repository that shares none."""
+        return cls(
+            PageCache(settings.page_cache_size),
+            DescriptorCache(DEFAULT_MAX_FILE_DESCRIPTORS),
+            MemoryBudget(DEFAULT_MEMORY_LIMIT),
+        )
+
+
+@dataclass(slots=True)
+class StoreContext:
+    """What a repository lends its timelines.
+
+    settings: those in force; replaced at run time.
+    reconstruct: makes values of records.
+    spill_dir: where open layers put values that do not fit into memory.
+    branch_points: the LSNs at which branches of a timeline start, loaded or not. Raises StoreError
+        if that cannot be told.
+    """
+
+    settings: StoreSettings
+    reconstruct: Reconstruct
+    resources: StoreResources
+    spill_dir: Path
+    branch_points: Callable[[TimelineId], list[int]]

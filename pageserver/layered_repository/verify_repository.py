@@ -1,0 +1,436 @@
+"""Offline check of a repository: `python -m pageserver.layered_repository.verify_repository PATH`.
+
+PATH is a pageserver's working directory, or the directory of one tenant or of one timeline. Every
+byte of every file of the store is read and compared with its checksum; then what the files say of
+each other: see layer_map_checks.py for what names and metadata prove, verify_reads.py for what
+values do. Nothing is changed.
+
+A pageserver must not run on the directory meanwhile: one that compacts replaces files while they
+are listed. Files with their final name never change, though, so `online` checks each of them by
+itself and asks no more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final
+
+from pageserver.layered_repository.descriptor_cache import DescriptorCache
+from pageserver.layered_repository.errors import (
+    CorruptFileError,
+    CorruptMetadataError,
+    FormatVersionError,
+)
+from pageserver.layered_repository.layer_file import LayerFile
+from pageserver.layered_repository.layer_map_checks import (
+    Remark,
+    check_ancestor,
+    check_layer,
+    check_layers,
+    check_metadata,
+    overlapping_groups,
+)
+from pageserver.layered_repository.metadata import TimelineMetadata
+from pageserver.layered_repository.offline import (
+    TenantFiles,
+    TimelineFiles,
+    find_tenants,
+    may_be_tombstone,
+    open_timeline,
+    pageserver_on,
+)
+from pageserver.layered_repository.verify_reads import disagreements, unreadable
+from zenith_utils.ids import TimelineId
+from zenith_utils.zstd import ZstdUnavailable
+
+MAX_ALIKE: Final = 10
+"""Findings of one kind that are reported of one timeline."""
+
+_PROGRESS_INTERVAL: Final = 0.2
+
+
+class VerifyError(Exception):
+    """The repository cannot be verified; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something about a file or directory: a problem, or a note."""
+
+    path: Path
+    message: str
+    offset: int | None = None
+    is_problem: bool = True
+
+    def __str__(self) -> str:
+        kind = "problem" if self.is_problem else "note"
+        at = "" if self.offset is None else f" at offset {self.offset}"
+        return f"{kind}: {self.path}{at}: {self.message}"
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a verification has got; sizes in bytes. `values` were read through the layers."""
+
+    timelines: int = 0
+    files_total: int = 0
+    bytes_total: int = 0
+    files: int = 0
+    bytes: int = 0
+    values: int = 0
+    step: str = ""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.step}: {self.files} of {self.files_total} layers, "
+            f"{self.bytes / 1e6:.0f} of {self.bytes_total / 1e6:.0f} MB, {self.values} values read"
+        )
+
+
+@dataclass(slots=True)
+class _Tenant:
+    """The work on one tenant."""
+
+    files: TenantFiles
+    metadata: dict[TimelineId, TimelineMetadata] = field(default_factory=dict)
+    damaged: set[TimelineId] = field(default_factory=set)
+    counted: dict[TimelineId, list[LayerFile]] = field(default_factory=dict)
+    """The layers that count: which a start would load."""
+
+
+def verify(
+    path: Path,
+    *,
+    online: bool = False,
+    names_only: bool = False,
+    progress: Callable[[Progress], None] = lambda progress: None,
+) -> Iterator[Finding]:
+    """Check everything under `path` and go on after each problem; the findings as they come.
+
+    `online`: only what is safe while a pageserver runs. `names_only`: metadata and the names of
+    the layers, none of which is opened. `progress` is called often, with the same object. Raises
+    VerifyError.
+    """
+    if not online:
+        _refuse_running(path)
+    tenants = [_Tenant(files) for files in find_tenants(path)]
+    if not tenants:
+        raise VerifyError(
+            f"{path}: neither the working directory of a pageserver, nor the directory of a tenant "
+            "(with a directory 'timelines') or of a timeline (with a file 'metadata')"
+        )
+    state = Progress()
+    for tenant in tenants:
+        for timeline in tenant.files.chosen():
+            state.timelines += 1
+            state.files_total += len(timeline.layers)
+            state.bytes_total += sum(size for _, size in timeline.layers)
+    for tenant in tenants:
+        for finding in _verify_tenant(tenant, online, names_only, state, progress):
+            if not online:
+                _refuse_running(path)
+            yield finding
+    if not online:
+        _refuse_running(path)
+
+
+def _refuse_running(path: Path) -> None:
+    pid = pageserver_on(path)
+    if pid is not None:
+        raise VerifyError(
+            f"a pageserver runs on {path} (process {pid}): stop it first, or check its files one "
+            "by one while it runs, with --online"
+        )
+
+
+def _verify_tenant(
+    tenant: _Tenant,
+    online: bool,
+    names_only: bool,
+    state: Progress,
+    progress: Callable[[Progress], None],
+) -> Iterator[Finding]:
+    for path, message in () if online else tenant.files.leftovers:
+        yield Finding(path, message, is_problem=False)
+    # Those of the ancestors too, though nothing is reported of timelines that were not asked for.
+    for timeline in tenant.files.timelines.values():
+        findings = list(_read_metadata(tenant, timeline, online))
+        if timeline.chosen:
+            yield from findings
+    for timeline in tenant.files.chosen():
+        state.step = f"timeline {timeline.timeline_id}"
+        progress(state)
+        if not online:
+            yield from _verify_map(tenant, timeline)
+        if not names_only:
+            yield from _verify_files(tenant, timeline, online, state, progress)
+    if online or names_only:
+        return
+    for timeline in tenant.files.chosen():
+        state.step = f"values of timeline {timeline.timeline_id}"
+        progress(state)
+        yield from _verify_values(tenant, timeline, state, progress)
+
+
+# ---- the metadata and the names
+
+
+def _read_metadata(tenant: _Tenant, timeline: TimelineFiles, online: bool) -> Iterator[Finding]:
+    path = timeline.metadata_path
+    try:
+        tenant.metadata[timeline.timeline_id] = timeline.directory(tenant.files).read_metadata()
+    except CorruptMetadataError as error:
+        yield Finding(path, error.reason, error.offset)
+    except FormatVersionError as error:
+        yield Finding(path, _version_text(error))
+    except FileNotFoundError:
+        if not online:  # else it may have been detached
+            yield Finding(path, "the file is missing")
+    except OSError as error:
+        yield Finding(path, f"cannot be read: {error.strerror}")
+
+
+def _verify_map(tenant: _Tenant, timeline: TimelineFiles) -> Iterator[Finding]:
+    for path, message in timeline.leftovers:
+        yield Finding(path, message, is_problem=False)
+    metadata = tenant.metadata.get(timeline.timeline_id)
+    if metadata is None:
+        return
+    path = timeline.metadata_path
+    remarks = check_metadata(metadata)
+    remarks += _check_ancestor_of(tenant, metadata)
+    yield from (Finding(path, x.message, is_problem=x.is_problem) for x in remarks)
+    counted = []
+    for layer in timeline.layer_files(tenant.files):
+        remark = check_layer(layer, metadata)
+        if remark is None:
+            counted.append(layer)
+        else:
+            yield Finding(Path(layer.path), remark.message, is_problem=remark.is_problem)
+    tenant.counted[timeline.timeline_id] = counted
+    small = {layer.start_lsn for layer in counted if may_be_tombstone(layer)}
+    for remark in check_layers(counted, metadata, small):
+        yield Finding(timeline.path, remark.message, is_problem=remark.is_problem)
+
+
+def _check_ancestor_of(tenant: _Tenant, metadata: TimelineMetadata) -> list[Remark]:
+    ancestor_id = metadata.ancestor_id
+    if ancestor_id is None:
+        return []
+    if ancestor_id in tenant.metadata:
+        return check_ancestor(metadata, tenant.metadata[ancestor_id])
+    if ancestor_id in tenant.files.timelines:
+        return [Remark(f"the metadata of its ancestor {ancestor_id} cannot be read")]
+    if tenant.files.alone:
+        text = f"its ancestor {ancestor_id} is not here: what it takes from there is not checked"
+        return [Remark(text, is_problem=False)]
+    return [Remark(f"its ancestor {ancestor_id} is missing")]
+
+
+def _version_text(error: FormatVersionError) -> str:
+    return f"format version {error.found}, this program reads {error.supported}"
+
+
+# ---- the layers, each by itself
+
+
+def _verify_files(
+    tenant: _Tenant,
+    timeline: TimelineFiles,
+    online: bool,
+    state: Progress,
+    progress: Callable[[Progress], None],
+) -> Iterator[Finding]:
+    for layer in timeline.layer_files(tenant.files):
+        finding = _verify_layer(layer, online)
+        state.files += 1
+        state.bytes += layer.size
+        progress(state)
+        if finding is not None:
+            tenant.damaged.add(timeline.timeline_id)
+            yield finding
+
+
+def _verify_layer(layer: LayerFile, online: bool) -> Finding | None:
+    path = Path(layer.path)
+    try:
+        layer.verify()
+    except CorruptFileError as error:
+        return Finding(path, error.reason, error.offset)
+    except FormatVersionError as error:
+        return Finding(path, _version_text(error))
+    except ZstdUnavailable as error:
+        return Finding(path, f"cannot be checked: {error}")
+    except FileNotFoundError:
+        if online:
+            return None  # replaced or collected since it was listed
+        return Finding(path, "the file vanished while it was verified")
+    except OSError as error:
+        return Finding(path, f"cannot be read: {error.strerror}")
+    return None
+
+
+# ---- the values
+
+
+def _verify_values(
+    tenant: _Tenant,
+    timeline: TimelineFiles,
+    state: Progress,
+    progress: Callable[[Progress], None],
+) -> Iterator[Finding]:
+    counted = tenant.counted.get(timeline.timeline_id)
+    if counted is None or timeline.timeline_id in tenant.damaged:
+        yield Finding(
+            timeline.path,
+            "its values were not checked, as files of it are damaged",
+            is_problem=False,
+        )
+        return
+    for group in overlapping_groups(counted):
+        yield from _first(
+            (Finding(Path(layer.path), text) for layer, text in disagreements(group)),
+            timeline.path,
+        )
+    lineage = _lineage(tenant, timeline.timeline_id)
+    if lineage is None:
+        yield Finding(
+            timeline.path,
+            "reads were not tried, as files of an ancestor are damaged, missing or too old",
+            is_problem=False,
+        )
+        return
+
+    def count(values: int) -> None:
+        state.values += values
+        progress(state)
+
+    points = [
+        metadata.ancestor_lsn
+        for metadata in tenant.metadata.values()
+        if metadata.ancestor_id == timeline.timeline_id
+    ]
+    descriptors = DescriptorCache(100)
+    texts = unreadable(open_timeline(lineage, tenant.files, descriptors), points, count)
+    yield from _first((Finding(timeline.path, text) for text in texts), timeline.path)
+
+
+def _lineage(
+    tenant: _Tenant, timeline_id: TimelineId
+) -> list[tuple[TimelineFiles, TimelineMetadata]] | None:
+    """A timeline and its ancestors; None if one cannot be read as far as its branch needs it."""
+    lineage: list[tuple[TimelineFiles, TimelineMetadata]] = []
+    wanted: TimelineId | None = timeline_id
+    needed = 0
+    while wanted is not None:
+        files = tenant.files.timelines.get(wanted)
+        metadata = tenant.metadata.get(wanted)
+        circular = any(files is known for known, _ in lineage)
+        if files is None or metadata is None or circular or wanted in tenant.damaged:
+            return None
+        if metadata.disk_consistent_lsn < needed:
+            return None
+        lineage.append((files, metadata))
+        wanted, needed = metadata.ancestor_id, metadata.ancestor_lsn
+    return lineage
+
+
+def _first(findings: Iterable[Finding], path: Path) -> Iterator[Finding]:
+    """The first of many findings alike."""
+    for number, finding in enumerate(findings):
+        if number == MAX_ALIKE:
+            yield Finding(path, f"there are more problems like the {MAX_ALIKE} before")
+            return
+        yield finding
+
+
+# ---- the command line
+
+
+def run(
+    path: Path,
+    *,
+    online: bool = False,
+    names_only: bool = False,
+    say: Callable[[str], None] = print,
+) -> int:
+    """Verify and tell; the exit status: 1 if there is a problem. Raises VerifyError."""
+    problems = notes = 0
+    last = Progress()
+    shown = 0.0
+
+    def progress(state: Progress) -> None:
+        nonlocal last, shown
+        last = state
+        if sys.stderr.isatty() and time.monotonic() - shown > _PROGRESS_INTERVAL:
+            shown = time.monotonic()
+            sys.stderr.write(f"\r\x1b[K{state}")
+            sys.stderr.flush()
+
+    def clear() -> None:
+        if shown:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+    for finding in verify(path, online=online, names_only=names_only, progress=progress):
+        problems += finding.is_problem
+        notes += not finding.is_problem
+        clear()
+        say(str(finding))
+    clear()
+    say(_summary(replace(last), problems, notes, online=online, names_only=names_only))
+    return 1 if problems else 0
+
+
+def _summary(state: Progress, problems: int, notes: int, *, online: bool, names_only: bool) -> str:
+    found = f"{_count(problems, 'problem')}, {_count(notes, 'note')}"
+    layers = _count(state.files_total, "layer")
+    what = f"{_count(state.timelines, 'timeline')}, {layers}, {state.bytes_total / 1e6:.1f} MB"
+    if names_only:
+        return f"{what}, names and metadata only: {found}"
+    if online:
+        return f"{what}, each file by itself: {found}"
+    return f"{what}, {state.values} values read: {found}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; the exit status: 0 all is well, 1 there is a problem, 2 it cannot be told."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pageserver.layered_repository.verify_repository",
+        description="Check every file of a repository, and that they fit together.",
+        epilog="Exit status: 0 all is well, 1 there is a problem, 2 it could not be verified.",
+    )
+    parser.add_argument(
+        "path",
+        type=Path,
+        help="working directory of a pageserver, or directory of a tenant or of a timeline",
+    )
+    parser.add_argument(
+        "--online",
+        action="store_true",
+        help="while a pageserver runs: check each file by itself, not how they fit together",
+    )
+    parser.add_argument(
+        "--names-only",
+        action="store_true",
+        help="check metadata and the names of layers only: quick, however large they are",
+    )
+    options = parser.parse_args(argv)
+    try:
+        return run(options.path, online=options.online, names_only=options.names_only)
+    except (VerifyError, OSError) as error:
+        print(f"cannot verify: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
