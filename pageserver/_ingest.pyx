@@ -42,6 +42,7 @@ cdef enum:
     CLOG_XACTS_PER_PAGE = 32768
     OFFSETS_PER_PAGE = 2048
     MEMBERS_PER_PAGE = 1636
+    CLOCK_TOLERANCE = 60000000   # microseconds, see keys.py
 
 cdef enum:                       # flags of values, see values.py
     FLAGS_PG_RECORD = 1 << 1
@@ -80,7 +81,8 @@ cdef class IngestLoop:
     """Applies records to the open layer; one per timeline, used by one thread at a time.
 
     `decoder` stands at the first record to ingest. `next_xid` is the FullTransactionId,
-    `next_multi` and `next_multi_offset` are the multixact counters before that record.
+    `next_multi` and `next_multi_offset` are the multixact counters before that record, `commit_time`
+    and `clock_sets` are what keys.CommitTime says.
     """
 
     cdef readonly WalDecoder decoder
@@ -92,6 +94,11 @@ cdef class IngestLoop:
     cdef readonly uint32_t next_multi, next_multi_offset
     cdef bint counters_changed
     cdef Key counters_key
+
+    # when transactions ended, see keys.CommitTime
+    cdef readonly int64_t commit_time
+    cdef readonly uint32_t clock_sets
+    cdef Key commit_time_key
 
     # the record in hand
     cdef Record record
@@ -120,13 +127,17 @@ cdef class IngestLoop:
 
     def __cinit__(self, WalDecoder decoder not None, SizeTable sizes not None,
                   bytes counters_key not None, uint64_t next_xid, uint32_t next_multi,
-                  uint32_t next_multi_offset):
+                  uint32_t next_multi_offset, bytes commit_time_key not None,
+                  uint32_t clock_sets, int64_t commit_time):
         self.decoder = decoder
         self.sizes = sizes
         key_parse(&self.counters_key, counters_key)
         self.next_xid = next_xid
         self.next_multi = next_multi
         self.next_multi_offset = next_multi_offset
+        key_parse(&self.commit_time_key, commit_time_key)
+        self.clock_sets = clock_sets
+        self.commit_time = commit_time
 
     # ---- Python's side
 
@@ -178,6 +189,11 @@ cdef class IngestLoop:
         if self._put(&parsed, flags, &data[0] if size else NULL, size):
             self._raise_put_error()
 
+    def delete_range(self, bytes start not None, bytes end not None):
+        """No key in [start, end) exists at the end of the record in hand, which puts none there."""
+        self.dirty = True
+        self.layer.delete_range(start, end, self.record.end_lsn)
+
     def see_xid(self, uint32_t xid):
         """Raise next_xid above `xid`."""
         self._see_xid(xid)
@@ -198,7 +214,7 @@ cdef class IngestLoop:
     def finish_handled(self):
         """Complete the record in hand after Python has put its values."""
         self._see_xid(self.record.xid)
-        if self._apply_counters():
+        if self._apply_counters() or self._apply_commit_time():
             self._raise_put_error()
         self._finish()
 
@@ -388,6 +404,8 @@ cdef class IngestLoop:
             rc = self._apply_multixact()
         if rc == 0:
             rc = self._apply_counters()
+        if rc == 0:
+            rc = self._apply_commit_time()
         return rc
 
     cdef int _apply_clears(self) noexcept nogil:
@@ -608,6 +626,21 @@ cdef class IngestLoop:
         put32(data + 8, self.next_multi)
         put32(data + 12, self.next_multi_offset)
         return self._put(&self.counters_key, FLAGS_IMAGE, data, 16)
+
+    cdef int _apply_commit_time(self) noexcept nogil:
+        cdef int64_t time = self.effects.end_time
+        cdef uint8_t data[12]
+        if not self.effects.ends_transaction:
+            return 0
+        if time <= self.commit_time:
+            # unsigned: the difference of any two times, exactly
+            if <uint64_t> self.commit_time - <uint64_t> time <= CLOCK_TOLERANCE:
+                return 0
+            self.clock_sets += 1
+        self.commit_time = time
+        memcpy(data, &self.commit_time, 8)
+        put32(data + 8, self.clock_sets)
+        return self._put(&self.commit_time_key, FLAGS_IMAGE, data, 12)
 
     cdef int _put(self, const Key *key, uint8_t flags, const uint8_t *data,
                   uint32_t size) noexcept nogil:

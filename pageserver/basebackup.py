@@ -100,17 +100,17 @@ def send_basebackup(conn: Connection, handle: TimelineHandle, lsn: Lsn | None) -
     Waits for an LSN that has not arrived yet. Raises QueryError if it is gone,
     LsnNotReadableError if it does not come.
     """
-    if lsn is None:
-        lsn = Lsn(handle.timeline.last_record_lsn)
-    lsn = lsn.align8()
+    latest = lsn is None
+    lsn = Lsn(0) if lsn is None else lsn.align8()
     try:
-        handle.check_readable(lsn)
+        if not latest and not handle.owner(lsn).leases.is_leased(lsn):
+            handle.check_readable(lsn)  # what is gone is not waited for
     except LsnNotReadableError as error:
         raise QueryError("invalid basebackup lsn") from error
-    handle.wait_lsn(lsn)
-    conn.send_copy_out_response()
-    _BaseBackup(handle, lsn, TarStream(conn.send_copy_data, int(time.time()))).write()
-    conn.send_copy_done()
+    with handle.reading(lsn, latest=latest) as at:
+        conn.send_copy_out_response()
+        _BaseBackup(handle, at, TarStream(conn.send_copy_data, int(time.time()))).write()
+        conn.send_copy_done()
 
 
 class _BaseBackup:

@@ -2,7 +2,8 @@
 
 The file is a flat TOML document. Every ``-c`` option is a TOML document of its own whose
 top-level keys replace whole values, in command-line order. The result is checked as a whole and
-frozen: nothing in the daemon changes its configuration while it runs.
+frozen: nothing in the daemon changes its configuration while it runs. Some of its keys are only
+defaults, see ``tenant_config.py``: each tenant may have other values, which may change.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pageserver.config_table import ConfigError, ConfigTable
+from pageserver.tenant_config import TENANT_KEYS, TenantConf, read_tenant_conf
 from zenith_utils.daemonize import AddressError, parse_address
-from zenith_utils.duration import DurationError, parse_duration
+
+__all__ = ["ConfigError", "PageServerConf", "RemoteStorageConf"]
 
 CONFIG_FILE_NAME = "pageserver.toml"
 TENANTS_DIR = "tenants"
@@ -31,18 +35,35 @@ DEFAULT_CONFIG_FILE = f"""\
 #listen_pg_addr = '{DEFAULT_LISTEN_PG_ADDR}'
 #listen_http_addr = '{DEFAULT_LISTEN_HTTP_ADDR}'
 
-#checkpoint_distance = 268435456  # bytes of WAL
-#checkpoint_timeout = '10 m'  # 0 s: none
+# Settings that each tenant may have of its own ('zenith tenant config'); these are the defaults.
+# WAL is collected in memory and written as a layer file after so many bytes, or so much time.
+#checkpoint_distance = 268435456
+#checkpoint_timeout = '10 m'  # of all tenants; 0 s: no limit
+# Layer files are merged when there are so many new ones, into files of about this size (default:
+# checkpoint_distance); a part of the key space with so many changes since its last image gets a
+# new one. Timelines are looked at once in a period; 0 s: only on demand.
 #compaction_period = '1 s'
-
-#gc_horizon = 67108864  # bytes of WAL
+#compaction_threshold = 10
+#compaction_target_size = 268435456
+#image_creation_threshold = 3
+#compression = 'zstd'  # or 'none'
+# History stays readable for so much WAL and for so much time, whichever is more. gc_horizon = 0:
+# nothing is removed by itself; pitr_interval = '0 s': by gc_horizon only.
+#gc_horizon = 67108864
+#pitr_interval = '1 day'
 #gc_period = '100 s'
 
 #wait_lsn_timeout = '60 s'
 #wal_redo_timeout = '60 s'
 #max_redo_processes = 2  # per tenant
 
-#page_cache_size = 8192  # pages of 8 KiB
+# What bounds the memory of the whole pageserver: pages of 8 KiB that are kept after they were
+# rebuilt; memory for new WAL of all timelines, beyond which the largest layer is written out (with
+# half as much again WAL has to wait); values of one timeline in memory, the others go to a file;
+# layer files that are open at the same time.
+#page_cache_size = 8192
+#open_layer_memory_limit = 536870912
+#open_layer_spill_threshold = 67108864
 #max_file_descriptors = 100
 
 # name of the superuser and further initdb options of new timelines
@@ -56,11 +77,6 @@ DEFAULT_CONFIG_FILE = f"""\
 """
 
 _AUTH_TYPES = ("Trust", "MD5", "ZenithJWT")
-_MAX_INTEGER = (1 << 63) - 1
-
-
-class ConfigError(Exception):
-    """The configuration is wrong; the message names the key, ``__cause__`` may say more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,18 +102,22 @@ class PageServerConf:
     workdir: Path
     listen_pg_addr: str
     listen_http_addr: str
-    checkpoint_distance: int
+    tenant: TenantConf
+    """Settings of tenants that have none of their own."""
+    tenant_document: Mapping[str, Any]
+    """The same as they were given."""
     checkpoint_timeout: float
     """Longest time that WAL stays in memory only; 0 for no limit."""
-    compaction_period: float
-    gc_horizon: int
-    gc_period: float
     wait_lsn_timeout: float
     wal_redo_timeout: float
     max_redo_processes: int
     initial_superuser_name: str
     initdb_options: tuple[str, ...]
     page_cache_size: int
+    open_layer_memory_limit: int
+    """Memory of the open layers of all timelines; beyond it the largest is frozen."""
+    open_layer_spill_threshold: int
+    """Values that one open layer keeps in memory; more of them go to a file."""
     max_file_descriptors: int
     pg_distrib_dir: Path | None
     auth_type: str
@@ -108,73 +128,6 @@ class PageServerConf:
     def tenants_path(self) -> Path:
         """Folder of all tenants."""
         return self.workdir / TENANTS_DIR
-
-
-class _Table:
-    """Typed access to one TOML table; remembers which keys were asked for."""
-
-    def __init__(self, values: Mapping[str, Any], prefix: str = "") -> None:
-        self._values = values
-        self._prefix = prefix
-        self._known: set[str] = set()
-
-    def _get(self, key: str) -> Any:
-        self._known.add(key)
-        return self._values.get(key)
-
-    def string(self, key: str, default: str | None = None) -> str | None:
-        value = self._get(key)
-        if value is None:
-            return default
-        if not isinstance(value, str):
-            raise ConfigError(f"configure option {self._prefix}{key} is not a string")
-        return value
-
-    def required_string(self, key: str, default: str) -> str:
-        return self.string(key) or default
-
-    def integer(self, key: str, default: int, *, minimum: int = 0) -> int:
-        value = self._get(key)
-        if value is None:
-            return default
-        name = f"{self._prefix}{key}"
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigError(f"configure option {name} is not an integer")
-        if value < 0:
-            raise ConfigError(f"configure option {name} cannot be negative")
-        if not minimum <= value <= _MAX_INTEGER:
-            raise ConfigError(f"configure option {name} must be at least {minimum}")
-        return value
-
-    def duration(self, key: str, default: float) -> float:
-        text = self.string(key)
-        if text is None:
-            return default
-        try:
-            return parse_duration(text)
-        except DurationError as error:
-            raise ConfigError(f"configure option {self._prefix}{key}") from error
-
-    def strings(self, key: str) -> tuple[str, ...]:
-        value = self._get(key)
-        if value is None:
-            return ()
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise ConfigError(f"configure option {self._prefix}{key} is not an array of strings")
-        return tuple(value)
-
-    def table(self, key: str) -> _Table | None:
-        value = self._get(key)
-        if value is None:
-            return None
-        if not isinstance(value, dict):
-            raise ConfigError(f"configure option {self._prefix}{key} is not a table")
-        return _Table(value, f"{self._prefix}{key}.")
-
-    def refuse_unknown(self) -> None:
-        for key in self._values:
-            if key not in self._known:
-                raise ConfigError(f"unrecognized pageserver option '{self._prefix}{key}'")
 
 
 def parse_override(text: str) -> dict[str, Any]:
@@ -230,34 +183,35 @@ def parse_config(document: Mapping[str, Any], workdir: Path) -> PageServerConf:
     ("Failed to parse pageserver configuration" with the reason as its cause).
     """
     try:
-        return _parse(_Table(document), workdir)
+        return _parse(document, workdir)
     except ConfigError as error:
         raise ConfigError("Failed to parse pageserver configuration") from error
 
 
-def _parse(table: _Table, workdir: Path) -> PageServerConf:
+def _parse(document: Mapping[str, Any], workdir: Path) -> PageServerConf:
+    table = ConfigTable(document)
     node_id = table.integer("id", -1)
     distrib_dir = table.string("pg_distrib_dir")
-    auth_type = table.required_string("auth_type", "Trust")
-    if auth_type not in _AUTH_TYPES:
-        raise ConfigError(f"invalid auth_type '{auth_type}', expected one of {_AUTH_TYPES}")
+    auth_type = table.choice("auth_type", "Trust", _AUTH_TYPES)
     key_path = table.string("auth_validation_public_key_path")
     conf = PageServerConf(
         id=node_id,
         workdir=workdir,
         listen_pg_addr=_address(table, "listen_pg_addr", DEFAULT_LISTEN_PG_ADDR),
         listen_http_addr=_address(table, "listen_http_addr", DEFAULT_LISTEN_HTTP_ADDR),
-        checkpoint_distance=table.integer("checkpoint_distance", 256 << 20, minimum=1),
+        tenant=read_tenant_conf(table),
+        tenant_document={key: document[key] for key in TENANT_KEYS & document.keys()},
         checkpoint_timeout=table.duration("checkpoint_timeout", 600.0),
-        compaction_period=table.duration("compaction_period", 1.0),
-        gc_horizon=table.integer("gc_horizon", 64 << 20),
-        gc_period=table.duration("gc_period", 100.0),
         wait_lsn_timeout=table.duration("wait_lsn_timeout", 60.0),
         wal_redo_timeout=table.duration("wal_redo_timeout", 60.0),
         max_redo_processes=table.integer("max_redo_processes", 2, minimum=1),
         initial_superuser_name=table.required_string("initial_superuser_name", DEFAULT_SUPERUSER),
         initdb_options=table.strings("initdb_options"),
         page_cache_size=table.integer("page_cache_size", 8192),
+        open_layer_memory_limit=table.integer(
+            "open_layer_memory_limit", 512 << 20, minimum=1 << 20
+        ),
+        open_layer_spill_threshold=table.integer("open_layer_spill_threshold", 64 << 20),
         max_file_descriptors=table.integer("max_file_descriptors", 100, minimum=1),
         pg_distrib_dir=workdir / distrib_dir if distrib_dir else None,
         auth_type=auth_type,
@@ -270,7 +224,7 @@ def _parse(table: _Table, workdir: Path) -> PageServerConf:
     return conf
 
 
-def _address(table: _Table, key: str, default: str) -> str:
+def _address(table: ConfigTable, key: str, default: str) -> str:
     value = table.required_string(key, default)
     try:
         parse_address(value)
@@ -279,7 +233,7 @@ def _address(table: _Table, key: str, default: str) -> str:
     return value
 
 
-def _remote_storage(table: _Table | None, workdir: Path) -> RemoteStorageConf | None:
+def _remote_storage(table: ConfigTable | None, workdir: Path) -> RemoteStorageConf | None:
     if table is None:
         return None
     local_path = table.string("local_path")

@@ -22,6 +22,11 @@ from postgres_ffi.slru import SlruKind, page_position
 
 _DATABASE_KIND = 255  # KIND_DATABASE of the size table: has no key of its own
 
+# So many blocks that go at once are deleted as a range of keys, so that their space comes back with
+# the next garbage collection. Fewer wait for the next image layer, which leaves them out: a deleted
+# range costs a file of its own for a while.
+_DELETE_RANGE_BLOCKS = 128
+
 
 class CurrentState:
     """Directories, checkpoint and sizes as of the last ingested record."""
@@ -73,6 +78,7 @@ class DatadirModification:
         self._loop = loop
         self._values: dict[bytes, tuple[int, bytes]] = {}
         self._sizes: dict[tuple[int, int, int, int, int], int | None] = {}
+        self._deleted: list[tuple[bytes, bytes]] = []
         self._xids: list[int] = []
         self._grown = 0
         self._checkpoint: bytearray | None = None
@@ -108,17 +114,21 @@ class DatadirModification:
     def set_fork_size(self, rel: RelTag, nblocks: int) -> None:
         """Create a fork or change its size; pages that are added must be put, too."""
         self.add_database(rel.spcnode, rel.dbnode)
+        if (self.fork_size(rel) or 0) - nblocks >= _DELETE_RANGE_BLOCKS:
+            self._deleted.append(keys.fork_range(rel, nblocks))
         self._set_fork_size(rel, nblocks)
-
-    def drop_fork(self, rel: RelTag) -> None:
-        """Remove a fork if it exists."""
-        if self.fork_size(rel) is not None:
-            self._set_fork_size(rel, None)
 
     def drop_relation(self, spcnode: int, dbnode: int, relnode: int) -> None:
         """Remove all forks of a relation."""
+        dropped = 0
         for forknum in range(MAX_FORKNUM + 1):
-            self.drop_fork(RelTag(spcnode, dbnode, relnode, forknum))
+            fork = RelTag(spcnode, dbnode, relnode, forknum)
+            nblocks = self.fork_size(fork)
+            if nblocks is not None:
+                dropped += nblocks
+                self._set_fork_size(fork, None)
+        if dropped >= _DELETE_RANGE_BLOCKS:
+            self._deleted.append(keys.relation_range(spcnode, dbnode, relnode))
 
     def _set_fork_size(self, rel: RelTag, nblocks: int | None) -> None:
         self._grown += (nblocks or 0) - (self.fork_size(rel) or 0)
@@ -144,11 +154,26 @@ class DatadirModification:
             self._databases = {**self.databases, (spcnode, dbnode): wanted}
             self._sizes[_DATABASE_KIND, spcnode, dbnode, 0, 0] = 0
 
-    def drop_database(self, spcnode: int, dbnode: int, forks: Iterable[tuple[RelTag, int]]) -> None:
-        """Remove a database; `forks` are all it has, with their sizes before this record."""
+    def drop_database(
+        self,
+        spcnode: int,
+        dbnode: int,
+        forks: Iterable[tuple[RelTag, int]],
+        *,
+        replaced: bool = False,
+    ) -> None:
+        """Remove a database; `forks` are all it has, with their sizes before this record.
+
+        With `replaced` the same record makes another one of that name: blocks that it puts must
+        not be deleted by it, so all are left to the next image layer.
+        """
+        dropped = 0
         for rel, nblocks in forks:
-            self._grown -= nblocks
+            dropped += nblocks
             self._sizes[keys.KeyKind.RELATION, *rel[:3], rel.forknum] = None
+        self._grown -= dropped
+        if dropped >= _DELETE_RANGE_BLOCKS and not replaced:
+            self._deleted.append(keys.database_range(spcnode, dbnode))
         self._databases = {k: v for k, v in self.databases.items() if k != (spcnode, dbnode)}
         self._sizes[_DATABASE_KIND, spcnode, dbnode, 0, 0] = None
 
@@ -272,6 +297,8 @@ class DatadirModification:
 
     def commit(self) -> None:
         """Write everything, then make it the current state."""
+        for start, end in self._deleted:
+            self._loop.delete_range(start, end)
         self._put_directories()
         for what, size in self._sizes.items():
             key = _size_key(what)

@@ -18,6 +18,7 @@ control file        3     0        0       0        0        0           pg_cont
 checkpoint          3     0        0       0        0        1           CheckPoint struct
 counters            3     0        0       0        0        2           next xid, multixact, offset
 parameters          3     0        0       0        0        3           xl_parameter_change
+commit time         3     0        0       0        0        4           CommitTime of the newest
 origins             4     0        0       0        0        0           replication progress
 tablespaces         5     0        0       0        0        0           oids and locations
 ==================  ====  =======  ======  =======  =======  ==========  ==========================
@@ -25,10 +26,13 @@ tablespaces         5     0        0       0        0        0           oids an
 A fork exists exactly when its size value is not empty. The sizes of a database lie together, so
 that listing relations and their sizes reads one narrow range, and creating one of 100,000 relations
 writes one small value. Relations never have relnode 0, which keeps that range free of blocks.
+
+The parameters are absent until they change, the commit time is until the first commit.
 """
 
 from enum import IntEnum
 from struct import Struct
+from typing import NamedTuple
 
 from postgres_ffi.relfile import RelTag
 from postgres_ffi.slru import SlruKind
@@ -39,7 +43,9 @@ MAX_BLOCKS = 0xFFFFFFFE  # of one fork: MaxBlockNumber, one less than Postgres c
 _KEY = Struct(">BIIIBI")
 _SIZE = Struct("<I")
 _COUNTERS = Struct("<QII")
-_SIZE_BLKNO = 0xFFFFFFFF
+_COMMIT_TIME = Struct("<qI")
+_LAST_U32 = 0xFFFFFFFF
+_SIZE_BLKNO = _LAST_U32
 
 
 class KeyKind(IntEnum):
@@ -53,12 +59,30 @@ class KeyKind(IntEnum):
     TABLESPACES = 5
 
 
+class CommitTime(NamedTuple):
+    """When the newest transactions ended, by the clock of the cluster; never decreases.
+
+    `time` is the greatest time (TimestampTz: microseconds since 2000-01-01 UTC) of a commit or
+    abort, also of a prepared transaction: the records that recovery_target_time looks at. A backend
+    takes the time before its record gets its place in the WAL, so neighbours may be in the wrong
+    order; a time that is less than the greatest by no more than CLOCK_TOLERANCE changes nothing. If
+    it is less by more, the clock was set back: `clock_sets` counts that, and `time` starts anew.
+    """
+
+    clock_sets: int
+    time: int
+
+
+CLOCK_TOLERANCE = 60_000_000  # microseconds
+BEFORE_COMMITS = CommitTime(0, -(1 << 63))
+
 DATABASE_DIRECTORY_KEY = _KEY.pack(KeyKind.RELATION, 0, 0, 0, 0, 0)
 TWOPHASE_DIRECTORY_KEY = _KEY.pack(KeyKind.TWOPHASE, 0, 0, 0, 0, 0)
 CONTROL_FILE_KEY = _KEY.pack(KeyKind.CONTROL, 0, 0, 0, 0, 0)
 CHECKPOINT_KEY = _KEY.pack(KeyKind.CONTROL, 0, 0, 0, 0, 1)
 COUNTERS_KEY = _KEY.pack(KeyKind.CONTROL, 0, 0, 0, 0, 2)
 PARAMETERS_KEY = _KEY.pack(KeyKind.CONTROL, 0, 0, 0, 0, 3)
+COMMIT_TIME_KEY = _KEY.pack(KeyKind.CONTROL, 0, 0, 0, 0, 4)
 ORIGINS_KEY = _KEY.pack(KeyKind.ORIGINS, 0, 0, 0, 0, 0)
 TABLESPACES_KEY = _KEY.pack(KeyKind.TABLESPACES, 0, 0, 0, 0, 0)
 
@@ -71,6 +95,25 @@ def relmap_key(spcnode: int, dbnode: int) -> bytes:
 def rel_block_key(rel: RelTag, blkno: int) -> bytes:
     """Key of a block of a relation fork."""
     return _KEY.pack(KeyKind.RELATION, rel.spcnode, rel.dbnode, rel.relnode, rel.forknum, blkno)
+
+
+def fork_range(rel: RelTag, blkno: int) -> tuple[bytes, bytes]:
+    """[start, end) of the keys of all blocks of a fork from ``blkno`` on."""
+    return rel_block_key(rel, blkno), next_key(rel_block_key(rel, _LAST_U32))
+
+
+def relation_range(spcnode: int, dbnode: int, relnode: int) -> tuple[bytes, bytes]:
+    """[start, end) of the keys of all blocks of all forks of a relation."""
+    start = _KEY.pack(KeyKind.RELATION, spcnode, dbnode, relnode, 0, 0)
+    last = _KEY.pack(KeyKind.RELATION, spcnode, dbnode, relnode, 0xFF, _LAST_U32)
+    return start, next_key(last)
+
+
+def database_range(spcnode: int, dbnode: int) -> tuple[bytes, bytes]:
+    """[start, end) of the keys of all blocks of all relations of a database, not of their sizes."""
+    start = _KEY.pack(KeyKind.RELATION, spcnode, dbnode, 1, 0, 0)
+    last = _KEY.pack(KeyKind.RELATION, spcnode, dbnode, _LAST_U32, 0xFF, _LAST_U32)
+    return start, next_key(last)
 
 
 def rel_size_key(rel: RelTag) -> bytes:
@@ -133,6 +176,19 @@ def decode_counters(value: bytes) -> tuple[int, int, int]:
     """The reverse of `encode_counters`."""
     counters: tuple[int, int, int] = _COUNTERS.unpack(value)
     return counters
+
+
+def encode_commit_time(value: CommitTime) -> bytes:
+    """Value of COMMIT_TIME_KEY: i64 time, u32 how often the clock was set back, little-endian."""
+    return _COMMIT_TIME.pack(value.time, value.clock_sets)
+
+
+def decode_commit_time(value: bytes | None) -> CommitTime:
+    """The reverse of `encode_commit_time`; BEFORE_COMMITS for a key that was never written."""
+    if not value:
+        return BEFORE_COMMITS
+    time, clock_sets = _COMMIT_TIME.unpack(value)
+    return CommitTime(clock_sets, time)
 
 
 def split_key(key: bytes) -> tuple[int, int, int, int, int, int]:

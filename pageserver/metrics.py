@@ -3,23 +3,53 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from zenith_utils.metrics import IntegerFamily, Metrics
+from zenith_utils.metrics import DURATION_BUCKETS, IntegerFamily, Metrics
+
+if TYPE_CHECKING:
+    from pageserver.layered_repository.resources import StoreResources
+    from pageserver.layered_repository.timeline import Timeline
+    from pageserver.reconstruct import PageRedo
+    from pageserver.timelines import TimelineHandle
+    from pageserver.walredo import RedoRequest
 
 _QUERY_BUCKETS = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 5e-2, 0.1, 0.5, 1.0, 5.0)
+_WORK_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
+_TIMELINE = ("tenant_id", "timeline_id")
 
 
 class PageserverMetrics(Metrics):
-    """Everything that is measured in one pageserver."""
+    """Everything that is measured in one pageserver. Times are in seconds."""
 
     def __init__(self) -> None:
         super().__init__("pageserver")
         self.smgr_query_time = self.histogram(
             "smgr_query_time",
             "Time spent on a page or relation size request, in seconds",
-            ("smgr_query_type", "tenant_id", "timeline_id"),
+            ("smgr_query_type", *_TIMELINE),
             _QUERY_BUCKETS,
+        )
+        self.getpage_reconstruct_time = self.histogram(
+            "getpage_reconstruct_time",
+            "Time to find or rebuild the pages of one request, in seconds",
+            _TIMELINE,
+            _QUERY_BUCKETS,
+        )
+        self._storage_time = self.histogram(
+            "storage_time",
+            "Time spent on the layer files of a timeline, in seconds",
+            ("operation", *_TIMELINE),
+            _WORK_BUCKETS,
+        )
+        self._wal_redo_time = self.histogram(
+            "wal_redo_time", "Time of one call of WAL redo, in seconds", (), DURATION_BUCKETS
+        )
+        self._wal_records_replayed = self.counter(
+            "wal_records_replayed", "Number of WAL records applied to pages"
         )
         self.count_page_connections: Callable[[], int] = lambda: 0
         """Number of clients of the page service, asked at every scrape."""
@@ -32,6 +62,27 @@ class PageserverMetrics(Metrics):
         with self._lock:
             self._wal_receivers += change
 
+    @contextmanager
+    def storage_time(self, operation: str, timeline: Timeline) -> Iterator[None]:
+        """Measures the time of a block that works on a timeline's layers."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            tenant_id, timeline_id = timeline.directory.tenant_id, timeline.timeline_id
+            labels = self._storage_time.labels(operation, str(tenant_id), str(timeline_id))
+            labels.observe(time.perf_counter() - started)
+
+    def measured_redo(self, redo: PageRedo) -> PageRedo:
+        """``redo`` with its calls measured."""
+        return _MeasuredRedo(redo, self._wal_redo_time.observe, self._wal_records_replayed.inc)
+
+    def watch_store(
+        self, resources: StoreResources, timelines: Callable[[], Iterable[TimelineHandle]]
+    ) -> None:
+        """Show the state of the store; `timelines` gives the loaded ones."""
+        self.add_source(lambda: _store_families(resources, timelines()))
+
     def _connections(self) -> list[IntegerFamily]:
         family = IntegerFamily(
             "pageserver_live_connections_count",
@@ -41,3 +92,41 @@ class PageserverMetrics(Metrics):
         family.add(self.count_page_connections(), "page_service")
         family.add(self._wal_receivers, "wal_receiver")
         return [family]
+
+
+class _MeasuredRedo:
+    def __init__(
+        self, redo: PageRedo, observe: Callable[[float], None], count: Callable[..., None]
+    ) -> None:
+        self._redo = redo
+        self._observe = observe
+        self._count = count
+
+    def redo(self, requests: Sequence[RedoRequest]) -> list[bytes]:
+        started = time.perf_counter()
+        pages = self._redo.redo(requests)
+        self._observe(time.perf_counter() - started)
+        self._count(by=sum(len(request.records) for request in requests))
+        return pages
+
+
+def _store_families(
+    resources: StoreResources, timelines: Iterable[TimelineHandle]
+) -> list[IntegerFamily]:
+    cache, descriptors = resources.page_cache, resources.descriptors
+    layers = sum(len(handle.timeline.view.layers) for handle in timelines)
+    return [
+        _family("ondisk_layers", "Number of layer files of the loaded timelines", layers),
+        _family("open_layers_bytes", "Memory of layers not on disk yet", resources.memory.total),
+        _family("open_layer_files", "Number of layer files that are open", len(descriptors)),
+        _family("layer_index_bytes", "Memory of the indexes of open files", descriptors.memory),
+        _family("page_cache_bytes", "Memory of the cache of rebuilt pages", cache.size),
+        _family("page_cache_hits", "Number of pages found in the cache", cache.hits, "counter"),
+        _family("page_cache_misses", "Number of pages not found there", cache.misses, "counter"),
+    ]
+
+
+def _family(name: str, help_text: str, value: int, kind: str = "gauge") -> IntegerFamily:
+    family = IntegerFamily(f"pageserver_{name}", help_text, kind=kind)
+    family.add(value)
+    return family

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 
 from pageserver.basebackup import send_basebackup
 from pageserver.pagestream import PageStream
-from pageserver.tenants import TenantError, TenantManager
+from pageserver.tenant import TenantError
+from pageserver.tenants import TenantManager
 from pageserver.timelines import LsnNotReadableError, TimelineHandle
 from zenith_utils.ids import IdParseError, TenantId, TimelineId
 from zenith_utils.lsn import Lsn, LsnParseError
-from zenith_utils.postgres_backend import Column, Connection, QueryError
+from zenith_utils.postgres_backend import INT8_OID, Column, Connection, QueryError
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +31,8 @@ class PageServiceHandler:
             "basebackup": self._basebackup,
             "callmemaybe": self._callmemaybe,
             "checkpoint": self._checkpoint,
+            "compact": self._compact,
+            "do_gc": self._do_gc,
             "set": self._set,
         }
 
@@ -39,7 +43,7 @@ class PageServiceHandler:
         """Runs one command. Raises QueryError with the text for the client."""
         words = query.strip().rstrip(";").split()
         command = words[0].lower() if words else ""
-        if command in ("do_gc", "failpoints"):
+        if command == "failpoints":
             raise QueryError(f"{command} is not supported yet in this version", sqlstate="0A000")
         run = self._commands.get(command)
         if run is None:
@@ -71,7 +75,34 @@ class PageServiceHandler:
     def _checkpoint(self, conn: Connection, words: list[str]) -> None:
         handle = self._timeline(words, (3,))
         handle.timeline.checkpoint()
+        # The first merges what there is; what that makes due is done by the second.
+        handle.compact()
+        handle.compact()
         conn.send_row_description([Column("data")])
+        conn.send_command_complete("SELECT 1")
+
+    def _compact(self, conn: Connection, words: list[str]) -> None:
+        self._timeline(words, (3,)).compact(force=True)
+        conn.send_row_description([Column("data")])
+        conn.send_command_complete("SELECT 1")
+
+    def _do_gc(self, conn: Connection, words: list[str]) -> None:
+        handle = self._timeline(words, (3, 4))
+        tenant = self._tenants.tenant(handle.tenant_id)
+        horizon = _parse_size(words[3]) if len(words) == 4 else tenant.settings.gc_horizon
+        started = time.monotonic()
+        result = handle.collect_all_garbage(horizon)
+        elapsed = round((time.monotonic() - started) * 1000)
+        row = {
+            "layers_total": result.layers_total,
+            "layers_needed_by_cutoff": result.layers_needed_by_cutoff,
+            "layers_needed_by_branches": result.layers_needed_by_branches,
+            "layers_not_updated": result.layers_not_updated,
+            "layers_removed": result.layers_removed,
+            "elapsed": elapsed,
+        }
+        conn.send_row_description([Column(name, INT8_OID) for name in row])
+        conn.send_data_row([str(value).encode() for value in row.values()])
         conn.send_command_complete("SELECT 1")
 
     def _set(self, conn: Connection, words: list[str]) -> None:
@@ -87,6 +118,12 @@ class PageServiceHandler:
         except IdParseError as error:
             raise QueryError(str(error), sqlstate="42601") from error
         return self._tenants.timeline(tenant_id, timeline_id)
+
+
+def _parse_size(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise QueryError(f"invalid number of bytes '{text}'", sqlstate="42601")
+    return int(text)
 
 
 def _parse_lsn(text: str) -> Lsn:

@@ -25,9 +25,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from pageserver.pgdatadir_mapping import RelationNotFound
-from pageserver.timelines import LsnNotReadableError, TimelineHandle
+from pageserver.timelines import LsnNotReadableError, Reading, TimelineHandle
 from postgres_ffi.relfile import INIT_FORKNUM, RelTag
-from zenith_utils.lsn import Lsn
 from zenith_utils.postgres_backend import Connection, FatalQueryError
 
 log = logging.getLogger(__name__)
@@ -113,38 +112,44 @@ class PageStream:
         return reply
 
     def _exists(self, latest: int, lsn: int, spc: int, db: int, rel: int, fork: int) -> Reply:
-        tag, at = self._resolve(latest, lsn, spc, db, rel, fork)
-        return (_EXISTS_REPLY.pack(100, self._handle.datadir.rel_exists(tag, at)),)
+        tag = _fork(spc, db, rel, fork)
+        with self._reading(latest, lsn) as at:
+            return (_EXISTS_REPLY.pack(100, self._handle.datadir.rel_exists(tag, at)),)
 
     def _nblocks(self, latest: int, lsn: int, spc: int, db: int, rel: int, fork: int) -> Reply:
-        tag, at = self._resolve(latest, lsn, spc, db, rel, fork)
-        return (_NBLOCKS_REPLY.pack(101, self._handle.datadir.get_rel_size(tag, at)),)
+        tag = _fork(spc, db, rel, fork)
+        with self._reading(latest, lsn) as at:
+            return (_NBLOCKS_REPLY.pack(101, self._handle.datadir.get_rel_size(tag, at)),)
 
     def _getpage(
         self, latest: int, lsn: int, spc: int, db: int, rel: int, fork: int, blkno: int
     ) -> Reply:
-        tag, at = self._resolve(latest, lsn, spc, db, rel, fork)
-        return (_PAGE_REPLY, self._handle.get_page(tag, blkno, at))
+        tag = _fork(spc, db, rel, fork)
+        with self._reading(latest, lsn) as at:
+            return (_PAGE_REPLY, self._handle.get_page(tag, blkno, at))
 
     def _getpages(
         self, latest: int, lsn: int, spc: int, db: int, rel: int, fork: int, blkno: int, count: int
     ) -> Reply:
-        tag, at = self._resolve(latest, lsn, spc, db, rel, fork)
+        tag = _fork(spc, db, rel, fork)
         if not 1 <= count <= MAX_BATCH:
             raise RequestError(f"{count} blocks requested at once, expected 1 to {MAX_BATCH}")
-        pages = self._handle.get_pages(tag, blkno, count, at)
+        with self._reading(latest, lsn) as at:
+            pages = self._handle.get_pages(tag, blkno, count, at)
         return (_PAGES_REPLY.pack(110, count), *pages)
 
-    def _resolve(
-        self, latest: int, lsn: int, spc: int, db: int, rel: int, fork: int
-    ) -> tuple[RelTag, Lsn]:
-        if rel == 0:
-            raise RequestError("invalid relnode")
-        if fork > INIT_FORKNUM:
-            raise RequestError(f"invalid fork number {fork}")
+    def _reading(self, latest: int, lsn: int) -> Reading:
         if not latest and lsn == 0:
             raise RequestError("invalid LSN(0) in request")
-        return RelTag(spc, db, rel, fork), self._handle.readable_lsn(lsn, latest=bool(latest))
+        return self._handle.reading(lsn, latest=bool(latest))
+
+
+def _fork(spc: int, db: int, rel: int, fork: int) -> RelTag:
+    if rel == 0:
+        raise RequestError("invalid relnode")
+    if fork > INIT_FORKNUM:
+        raise RequestError(f"invalid fork number {fork}")
+    return RelTag(spc, db, rel, fork)
 
 
 def _error(text: str) -> Reply:

@@ -201,6 +201,11 @@ class DatadirTimeline:
         """Next full transaction id, next multixact id, next multixact member offset."""
         return keys.decode_counters(self.timeline.get(keys.COUNTERS_KEY, lsn))
 
+    def commit_time(self, lsn: int) -> keys.CommitTime:
+        """When the newest transactions at `lsn` ended; keys.BEFORE_COMMITS if none has."""
+        (value,) = self.timeline.get_vectored([keys.COMMIT_TIME_KEY], lsn)
+        return keys.decode_commit_time(value)
+
     def replication_origins(self, lsn: int) -> dict[int, int]:
         """Origin id -> remote LSN up to which it was replayed."""
         return decode_origins(self.timeline.get(keys.ORIGINS_KEY, lsn))
@@ -227,7 +232,7 @@ class DatadirTimeline:
                 ranges.append(_single(keys.slru_size_key(kind, segno)))
         ranges.append(_single(keys.TWOPHASE_DIRECTORY_KEY))
         ranges += [_single(keys.twophase_key(xid)) for xid in self.twophase_xids(lsn)]
-        ranges.append((keys.CONTROL_FILE_KEY, keys.next_key(keys.PARAMETERS_KEY)))
+        ranges.append((keys.CONTROL_FILE_KEY, keys.next_key(keys.COMMIT_TIME_KEY)))
         ranges += [_single(keys.ORIGINS_KEY), _single(keys.TABLESPACES_KEY)]
         return ranges
 

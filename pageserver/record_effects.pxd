@@ -1,5 +1,5 @@
 """What a WAL record does: see record_effects.pyx."""
-from libc.stdint cimport uint8_t, uint32_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t
 
 from postgres_ffi.wal_record cimport BlockRef, Record
 
@@ -32,6 +32,8 @@ cdef struct Effects:
     int n_xids                   # transactions whose status becomes clog_flags (a value's flags)
     uint32_t xids[MAX_NATIVE_XIDS]
     uint8_t clog_flags
+    bint ends_transaction        # commit or abort, also of a prepared transaction, at end_time:
+    int64_t end_time             # microseconds since 2000-01-01 UTC
     bint creates_multixact       # MULTIXACT CREATE_ID, its lengths checked
 
 # 0, or the Refusal of a record that cannot be ingested.

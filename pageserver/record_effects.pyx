@@ -3,10 +3,10 @@
 Formats are those of PostgreSQL 15: access/heapam_xlog.h, access/xact.h, access/multixact.h,
 catalog/storage_xlog.h. Whatever is not known to be harmless is refused.
 """
-from libc.stdint cimport uint8_t, uint32_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t
 from libc.string cimport memcpy
 
-from postgres_ffi.unaligned cimport get32
+from postgres_ffi.unaligned cimport get32, get64
 from postgres_ffi.wal_record cimport Record
 
 cdef enum:
@@ -116,6 +116,7 @@ cdef int classify(const Record *record, Effects *effects) noexcept nogil:
     effects.set_bits = 0
     effects.creates_fork = False
     effects.n_xids = 0
+    effects.ends_transaction = False
     effects.creates_multixact = False
     if rmid == RM_HEAP or rmid == RM_HEAP2:
         return _heap(record, effects)
@@ -176,13 +177,18 @@ cdef int _xact(const Record *record, uint8_t op, Effects *effects) noexcept nogi
         return 0
     if op > XLOG_XACT_INVALIDATIONS:
         return UNKNOWN_INFO
+    if op == XLOG_XACT_PREPARE:
+        effects.to_handler = True
+        return 0
+    if left < 8:
+        return SHORT_MAIN_DATA
+    effects.ends_transaction = True
+    effects.end_time = <int64_t> get64(p)
     if op != XLOG_XACT_COMMIT and op != XLOG_XACT_ABORT:
         effects.to_handler = True
         return 0
     if record.xid < FIRST_NORMAL_XID:
         return BAD_XID
-    if left < 8:
-        return SHORT_MAIN_DATA
     p += 8
     left -= 8
     if record.info & XLOG_XACT_HAS_INFO:

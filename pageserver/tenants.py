@@ -1,274 +1,51 @@
-"""Tenants and their timelines: what is on disk, what is loaded, how they come to be.
+"""All tenants of a pageserver: what is on disk, what they share, how they come to be and end.
 
-``tenants/<tenant>/timelines/<timeline>/`` holds a timeline's layers and metadata. A tenant exists
-when its folder does, with or without timelines. Timelines are loaded when first used.
+A tenant exists when its folder does, with or without timelines.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
+import shutil
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from enum import Enum
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from pageserver.background import BackgroundThread
 from pageserver.checkpointer import Checkpointer
-from pageserver.config import PageServerConf
-from pageserver.layered_repository.errors import (
-    InvalidBranchLsn,
-    TimelineExists,
-    TimelineNotFound,
-    WaitLsnTimeout,
-)
+from pageserver.config import ConfigError, PageServerConf
+from pageserver.layered_repository.descriptor_cache import DescriptorCache
+from pageserver.layered_repository.memory_budget import MemoryBudget
 from pageserver.layered_repository.page_cache import PageCache
-from pageserver.layered_repository.repository import Repository
-from pageserver.layered_repository.settings import StoreSettings
-from pageserver.layered_repository.timeline import Timeline
+from pageserver.layered_repository.resources import StoreResources
+from pageserver.maintenance import CompactionTask, GcTask
 from pageserver.metrics import PageserverMetrics
+from pageserver.tenant import (
+    TIMELINES_DIR,
+    Shared,
+    Tenant,
+    TenantError,
+    TenantExistsError,
+    TenantNotFoundError,
+    TenantState,
+)
+from pageserver.tenant_config import (
+    TENANT_CONFIG_FILE,
+    Overrides,
+    TenantConf,
+    effective_conf,
+    merge_overrides,
+    save_overrides,
+)
 from pageserver.timelines import TimelineHandle
 from postgres_ffi.distrib import PgDistrib
 from postgres_ffi.page import BLCKSZ
-from zenith_utils.cache_dir import cache_dir
-from zenith_utils.durable import fsync_dir
+from zenith_utils.durable import TEMP_SUFFIX, fsync_dir, is_temp_file
+from zenith_utils.errors import error_chain
 from zenith_utils.ids import IdParseError, TenantId, TimelineId
 from zenith_utils.lsn import Lsn
-from zenith_utils.os_user import postgres_user
-
-if TYPE_CHECKING:
-    from pageserver.layered_repository.reader import Reconstruct, ReconstructInput
-    from pageserver.walredo import WalRedoPool
 
 log = logging.getLogger(__name__)
-
-TIMELINES_DIR = "timelines"
-REDO_DIR = "wal-redo-datadir"
-
-
-class TenantError(Exception):
-    """An operation on tenants or timelines cannot be done; the text is for the client."""
-
-
-class TenantNotFoundError(TenantError):
-    """There is no such tenant."""
-
-
-class TenantExistsError(TenantError):
-    """The tenant to be created exists."""
-
-
-class TimelineNotFoundError(TenantError):
-    """There is no such timeline in the tenant."""
-
-
-class TimelineExistsError(TenantError):
-    """The timeline to be created exists."""
-
-
-class TenantState(Enum):
-    """What a tenant is doing; the values are the texts of the HTTP API."""
-
-    IDLE = "Idle"
-    ACTIVE = "Active"
-    STOPPING = "Stopping"
-
-
-class LazyReconstruct:
-    """The store's callback that makes pages of records; sets up redo when first called."""
-
-    def __init__(self, distrib: PgDistrib, conf: PageServerConf, workdir: Path) -> None:
-        self._distrib = distrib
-        self._conf = conf
-        self._workdir = workdir
-        self._lock = threading.Lock()
-        self._pool: WalRedoPool | None = None
-        self._reconstruct: Reconstruct | None = None
-        self.control_file: bytes | None = None
-        """pg_control of one of the tenant's clusters; known once a timeline is loaded."""
-
-    def __call__(self, inputs: Sequence[ReconstructInput]) -> list[bytes]:
-        """The values, in order."""
-        return (self._reconstruct or self._open())(inputs)
-
-    def close(self) -> None:
-        """Ends the redo processes."""
-        with self._lock:
-            if self._pool is not None:
-                self._pool.close()
-
-    def _open(self) -> Reconstruct:
-        from pageserver.reconstruct import make_reconstruct
-        from pageserver.walredo import WalRedoPool
-        from pgxn.build import build_module
-
-        with self._lock:
-            if self._reconstruct is None:
-                if self.control_file is None:
-                    raise TenantError("WAL redo was asked for before a timeline was loaded")
-                self._pool = WalRedoPool(
-                    self._distrib,
-                    build_module(self._distrib, "walredo"),
-                    self._workdir,
-                    control_file=self.control_file,
-                    max_processes=self._conf.max_redo_processes,
-                    timeout=self._conf.wal_redo_timeout,
-                )
-                self._reconstruct = make_reconstruct(self._pool)
-            return self._reconstruct
-
-
-def redo_directory(conf: PageServerConf, tenant_id: TenantId) -> Path:
-    """Where the redo processes of a tenant keep their scratch data.
-
-    In the tenant's folder, unless they run as another user, who may not be able to get there:
-    then in the cache directory, which everybody can reach.
-    """
-    if postgres_user() is None:
-        return conf.tenants_path / str(tenant_id) / REDO_DIR
-    node = hashlib.sha256(str(conf.workdir).encode()).hexdigest()[:16]
-    return cache_dir() / "redo" / node / str(tenant_id)
-
-
-@dataclass(frozen=True, slots=True)
-class Shared:
-    """What all tenants of a pageserver have in common."""
-
-    conf: PageServerConf
-    distrib: PgDistrib
-    page_cache: PageCache
-    metrics: PageserverMetrics
-    checkpointer: Checkpointer
-
-
-class Tenant:
-    """One tenant: its repository, redo processes and loaded timelines."""
-
-    def __init__(self, tenant_id: TenantId, shared: Shared) -> None:
-        self.tenant_id = tenant_id
-        self.state = TenantState.IDLE
-        conf, distrib = shared.conf, shared.distrib
-        self.path = conf.tenants_path / str(tenant_id)
-        self._conf = conf
-        self._distrib = distrib
-        self._metrics = shared.metrics
-        self._checkpointer = shared.checkpointer
-        self._reconstruct = LazyReconstruct(distrib, conf, redo_directory(conf, tenant_id))
-        self._repository = Repository(
-            self.path,
-            tenant_id,
-            _store_settings(conf),
-            self._reconstruct,
-            page_cache=shared.page_cache,
-        )
-        self._lock = threading.Lock()
-        self._creating: set[TimelineId] = set()
-        self._load_locks: dict[TimelineId, threading.Lock] = {}
-        self._timelines: dict[TimelineId, TimelineHandle] = {}
-
-    def timeline_ids(self) -> list[TimelineId]:
-        """Ids of all timelines, sorted; those being created are not counted yet."""
-        found = self._repository.timelines()
-        with self._lock:
-            return [timeline_id for timeline_id in found if timeline_id not in self._creating]
-
-    def timeline(self, timeline_id: TimelineId) -> TimelineHandle:
-        """The timeline, loaded if need be. Raises TimelineNotFoundError, store errors."""
-        handle = self._timelines.get(timeline_id)
-        if handle is not None:
-            return handle
-        with self._lock:
-            load_lock = self._load_locks.setdefault(timeline_id, threading.Lock())
-        with load_lock:
-            handle = self._timelines.get(timeline_id)
-            if handle is not None:
-                return handle
-            try:
-                timeline = self._repository.timeline(timeline_id)
-            except TimelineNotFound as error:
-                raise TimelineNotFoundError(
-                    f"Cannot load local timeline {timeline_id}: tenant {self.tenant_id} has no such"
-                    " timeline"
-                ) from error
-            return self._register(timeline)
-
-    def loaded(self) -> list[TimelineHandle]:
-        """The timelines in memory."""
-        with self._lock:
-            return list(self._timelines.values())
-
-    def create_root(self, timeline_id: TimelineId) -> TimelineHandle:
-        """A new timeline holding a freshly initialised cluster."""
-        from pageserver.import_datadir import import_datadir
-        from pageserver.initdb_template import new_system_identifier, template_cluster
-
-        with self._creation(timeline_id):
-            template = template_cluster(
-                self._distrib, self._conf.initial_superuser_name, self._conf.initdb_options
-            )
-            timeline = import_datadir(
-                self._repository, timeline_id, template, new_system_identifier()
-            )
-            return self._register(timeline)
-
-    def create_branch(
-        self, timeline_id: TimelineId, ancestor_id: TimelineId, start_lsn: Lsn | None
-    ) -> TimelineHandle:
-        """A new timeline that shares the history of another one up to ``start_lsn``.
-
-        Default: up to its last record. Waits for an LSN that has not arrived yet.
-        """
-        with self._creation(timeline_id):
-            try:
-                timeline = self._repository.branch_timeline(
-                    timeline_id, ancestor_id=ancestor_id, start_lsn=start_lsn
-                )
-            except TimelineExists as error:
-                raise TimelineExistsError(str(error)) from error
-            except (TimelineNotFound, InvalidBranchLsn, WaitLsnTimeout) as error:
-                raise TenantError(str(error)) from error
-            return self._register(timeline)
-
-    def stop_receiving(self) -> None:
-        """Ends all WAL receivers."""
-        self.state = TenantState.STOPPING
-        for handle in self.loaded():
-            handle.walreceiver.stop()
-
-    def shutdown(self) -> None:
-        """Flushes everything in memory to layer files and ends the redo processes."""
-        self._repository.shutdown(flush=True)
-        self._reconstruct.close()
-
-    def _register(self, timeline: Timeline) -> TimelineHandle:
-        handle = TimelineHandle(
-            self.tenant_id,
-            timeline,
-            self._distrib.version,
-            self._metrics,
-            wait_lsn_timeout=self._conf.wait_lsn_timeout,
-            request_checkpoint=self._checkpointer.request,
-        )
-        with self._lock:
-            self._reconstruct.control_file = handle.control_file.file_bytes()
-            self._timelines[handle.timeline_id] = handle
-        return handle
-
-    @contextmanager
-    def _creation(self, timeline_id: TimelineId) -> Iterator[None]:
-        """Keeps two requests from creating the same timeline."""
-        with self._lock:
-            folder = self.path / TIMELINES_DIR / str(timeline_id)
-            if timeline_id in self._creating or folder.exists():
-                raise TimelineExistsError(f"timeline {timeline_id} already exists")
-            self._creating.add(timeline_id)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._creating.discard(timeline_id)
 
 
 class TenantManager:
@@ -278,15 +55,21 @@ class TenantManager:
         self.conf = conf
         self.metrics = PageserverMetrics()
         self._checkpointer = Checkpointer(self._loaded, conf.checkpoint_timeout)
-        self._shared = Shared(
-            conf,
-            distrib,
-            PageCache(conf.page_cache_size * BLCKSZ),
-            self.metrics,
-            self._checkpointer,
+        self._resources = StoreResources(
+            page_cache=PageCache(conf.page_cache_size * BLCKSZ),
+            descriptors=DescriptorCache(conf.max_file_descriptors),
+            memory=MemoryBudget(conf.open_layer_memory_limit),
+            measure=self.metrics.storage_time,
         )
+        self._shared = Shared(conf, distrib, self._resources, self.metrics, self._checkpointer)
+        self._background = [
+            BackgroundThread(task, self._active) for task in (CompactionTask(), GcTask())
+        ]
+        self.metrics.watch_store(self._resources, self._loaded)
         self._lock = threading.Lock()
         self._tenants: dict[TenantId, Tenant] = {}
+        self._unusable: dict[TenantId, str] = {}
+        """Tenants on disk that cannot be used, and why."""
         self._stopping = False
 
     def load(self) -> None:
@@ -296,14 +79,31 @@ class TenantManager:
         """
         self.conf.tenants_path.mkdir(exist_ok=True)
         for path in sorted(self.conf.tenants_path.iterdir()):
+            if is_temp_file(path):
+                shutil.rmtree(path)  # of a tenant that was being made
+                continue
             try:
                 tenant_id = TenantId.parse(path.name)
             except IdParseError:
                 log.warning("%s is no tenant folder, ignored", path)
                 continue
-            with self._lock:
-                self._tenants[tenant_id] = Tenant(tenant_id, self._shared)
+            self._load_tenant(tenant_id)
         self._checkpointer.start()
+        for thread in self._background:
+            thread.start()
+
+    def _load_tenant(self, tenant_id: TenantId) -> None:
+        try:
+            tenant = Tenant(tenant_id, self._shared)
+        except ConfigError as error:
+            # With other settings than its own it might lose history: it waits for its owner.
+            reason = f"tenant {tenant_id} cannot be used: {': '.join(error_chain(error))}"
+            log.error("%s", reason)
+            with self._lock:
+                self._unusable[tenant_id] = reason
+            return
+        with self._lock:
+            self._tenants[tenant_id] = tenant
 
     def tenants(self) -> list[Tenant]:
         """All tenants, sorted by id."""
@@ -314,6 +114,8 @@ class TenantManager:
         """Raises TenantNotFoundError."""
         tenant = self._tenants.get(tenant_id)
         if tenant is None:
+            if tenant_id in self._unusable:
+                raise TenantError(self._unusable[tenant_id])
             raise TenantNotFoundError(f"Tenant {tenant_id} not found")
         return tenant
 
@@ -321,9 +123,16 @@ class TenantManager:
         """Raises TenantNotFoundError, TimelineNotFoundError."""
         return self.tenant(tenant_id).timeline(timeline_id)
 
-    def create_tenant(self, tenant_id: TenantId | None = None) -> Tenant:
-        """A new, empty tenant, durable at return. Raises TenantExistsError."""
+    def create_tenant(
+        self, tenant_id: TenantId | None = None, overrides: Overrides | None = None
+    ) -> Tenant:
+        """A new, empty tenant with settings of its own, durable at return.
+
+        Raises TenantExistsError, ConfigError.
+        """
         tenant_id = tenant_id or TenantId.generate()
+        overrides = merge_overrides({}, overrides or {})
+        effective_conf(self.conf.tenant_document, overrides)
         with self._lock:
             self._refuse_if_stopping()
             if tenant_id in self._tenants:
@@ -331,12 +140,23 @@ class TenantManager:
             path = self.conf.tenants_path / str(tenant_id)
             if path.exists():
                 raise TenantError(f"tenant {tenant_id} directory already exists")
-            (path / TIMELINES_DIR).mkdir(parents=True)
-            fsync_dir(path)
-            fsync_dir(path.parent)
+            _make_tenant_directory(path, overrides)
             tenant = Tenant(tenant_id, self._shared)
             self._tenants[tenant_id] = tenant
         log.info("tenant %s created", tenant_id)
+        return tenant
+
+    def configure_tenant(self, tenant_id: TenantId, changes: Overrides) -> Tenant:
+        """Changes the settings that a tenant has of its own.
+
+        Raises TenantNotFoundError, ConfigError.
+        """
+        self._refuse_if_stopping()
+        tenant = self.tenant(tenant_id)
+        tenant.configure(changes)
+        log.info("tenant %s has settings of its own: %s", tenant_id, tenant.overrides)
+        for thread in self._background:
+            thread.wake()
         return tenant
 
     def create_timeline(
@@ -367,6 +187,8 @@ class TenantManager:
         tenant = self.tenant(tenant_id)
         if tenant.state is TenantState.IDLE:
             tenant.state = TenantState.ACTIVE
+            for thread in self._background:
+                thread.wake()
 
     def shutdown(self) -> bool:
         """Stops all work and makes everything in memory durable.
@@ -376,9 +198,13 @@ class TenantManager:
         with self._lock:
             self._stopping = True
             tenants = list(self._tenants.values())
+        for thread in self._background:
+            thread.ask_to_stop()
         self._checkpointer.stop()
         for tenant in tenants:
             tenant.stop_receiving()
+        for thread in self._background:
+            thread.join()
         clean = True
         for tenant in tenants:
             try:
@@ -391,13 +217,27 @@ class TenantManager:
     def _loaded(self) -> list[TimelineHandle]:
         return [handle for tenant in self.tenants() for handle in tenant.loaded()]
 
+    def _active(self) -> Iterator[tuple[TimelineHandle, TenantConf]]:
+        """The loaded timelines that get background work, with their settings."""
+        for tenant in self.tenants():
+            if tenant.state is TenantState.ACTIVE:
+                settings = tenant.settings
+                for handle in tenant.loaded():
+                    yield handle, settings
+
     def _refuse_if_stopping(self) -> None:
         if self._stopping:
             raise TenantError("the pageserver is shutting down")
 
 
-def _store_settings(conf: PageServerConf) -> StoreSettings:
-    return StoreSettings(
-        checkpoint_distance=conf.checkpoint_distance,
-        wait_lsn_timeout=conf.wait_lsn_timeout,
-    )
+def _make_tenant_directory(path: Path, overrides: Overrides) -> None:
+    """All of it or nothing, however the process ends."""
+    temp = path.with_name(path.name + TEMP_SUFFIX)
+    if temp.exists():
+        shutil.rmtree(temp)
+    (temp / TIMELINES_DIR).mkdir(parents=True)
+    if overrides:
+        save_overrides(temp / TENANT_CONFIG_FILE, overrides)
+    fsync_dir(temp)
+    temp.rename(path)
+    fsync_dir(path.parent)

@@ -69,7 +69,12 @@ class WalIngest:
         self._decoder = decoder
         sizes = SizeTable()
         self._loop = IngestLoop(
-            decoder, sizes, keys.COUNTERS_KEY, *datadir.counters(self.start_lsn)
+            decoder,
+            sizes,
+            keys.COUNTERS_KEY,
+            *datadir.counters(self.start_lsn),
+            keys.COMMIT_TIME_KEY,
+            *datadir.commit_time(self.start_lsn),
         )
         self._state = CurrentState(datadir, sizes)
         self._context = IngestContext(datadir, datadir.version, self._publish_before_record)

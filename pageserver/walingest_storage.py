@@ -74,7 +74,7 @@ def _copy_database(
     source = (copy.source_spcnode, copy.source_dbnode)
     leftover = datadir.database_sizes(copy.spcnode, copy.dbnode, lsn)
     if (copy.spcnode, copy.dbnode) in mod.databases or leftover:
-        mod.drop_database(copy.spcnode, copy.dbnode, leftover)
+        mod.drop_database(copy.spcnode, copy.dbnode, leftover, replaced=True)
     has_relmap = mod.databases.get(source, False)
     mod.add_database(copy.spcnode, copy.dbnode, has_relmap=has_relmap)
     if has_relmap:

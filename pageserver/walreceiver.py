@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from pageserver.wal_source import SourceError, WalSource, identify
 from pageserver.wal_stream import StreamEnd, WalStream
-from zenith_utils.lsn import Lsn
+from zenith_utils.lsn import INVALID_LSN, Lsn
 from zenith_utils.pq_client import PqConnection, PqConnectionLost, PqError
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ class WalReceiver:
         self._sources: dict[str, WalSource] = {}
         self._thread: threading.Thread | None = None
         self._connection: PqConnection | None = None
+        self._stream: WalStream | None = None
+        self._received = INVALID_LSN
         self._stopping = False
         self._wake = threading.Event()
         self._last_error = ""
@@ -92,6 +94,15 @@ class WalReceiver:
         """Whether a connection is open now."""
         return self._connection is not None
 
+    @property
+    def received_lsn(self) -> Lsn:
+        """Where the WAL ends that the newest stream has brought and that is ingested, or 0.
+
+        What lies between the last record and here is no complete record.
+        """
+        stream = self._stream
+        return self._received if stream is None else stream.received
+
     def _check_timeline_option(self, source: WalSource) -> None:
         named = source.timeline_option
         if named is not None and named.replace("-", "") != str(self._handle.timeline_id):
@@ -125,6 +136,7 @@ class WalReceiver:
         urgent = False
         try:
             stream = WalStream(self._handle, source, connection, self._others_ahead)
+            self._stream = stream
             end = stream.run(lambda: self._stopping)
             log.info("%s: %s: %s at %s", self._handle, source, end.value, stream.received)
             self._last_error = ""
@@ -149,6 +161,7 @@ class WalReceiver:
         finally:
             with self._lock:
                 self._connection = None
+            self._received, self._stream = self.received_lsn, None
             connection.close()
             self._handle.metrics.wal_receiver_connected(-1)
             if not source.is_safekeeper:

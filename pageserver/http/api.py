@@ -11,18 +11,23 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any, NoReturn
 
+from pageserver.config import ConfigError
 from pageserver.leases import MAX_TTL, Lease, LeaseGoneError
-from pageserver.tenants import (
+from pageserver.tenant import (
     TenantExistsError,
-    TenantManager,
     TenantNotFoundError,
     TimelineExistsError,
     TimelineNotFoundError,
 )
+from pageserver.tenants import TenantManager
+from pageserver.time_travel import lsn_by_timestamp
 from pageserver.timelines import LsnNotReadableError, TimelineHandle
+from postgres_ffi.wal_format import normalize_lsn
+from zenith_utils.errors import error_chain
 from zenith_utils.http_server import BadRequest, HttpError, NotFound, Response
 from zenith_utils.ids import IdParseError, TenantId, TimelineId
 from zenith_utils.lsn import Lsn, LsnParseError
+from zenith_utils.timestamp import TimestampParseError, parse_timestamp, timestamp_text
 
 log = logging.getLogger(__name__)
 
@@ -65,16 +70,41 @@ class PageserverApi:
         ]
 
     def tenant_create(self, body: Mapping[str, Json]) -> Json:
-        """Creates a tenant; its id."""
-        text = _optional_string(body, "new_tenant_id")
+        """Creates a tenant; its id. All other keys are settings of its own."""
+        settings = dict(body)
+        tenant_id = _tenant_id(settings, "new_tenant_id")
         try:
-            tenant_id = TenantId.parse(text) if text is not None else None
-        except IdParseError as error:
-            raise _bad_json(str(error)) from None
-        try:
-            return str(self._tenants.create_tenant(tenant_id).tenant_id)
+            return str(self._tenants.create_tenant(tenant_id, settings).tenant_id)
         except TenantExistsError:
             return _EXISTS
+        except ConfigError as error:
+            raise _bad_config(error) from error
+
+    def tenant_configure(self, body: Mapping[str, Json]) -> Json:
+        """Changes settings that a tenant has of its own, null takes one away; its settings."""
+        changes = dict(body)
+        tenant_id = _tenant_id(changes, "tenant_id")
+        if tenant_id is None:
+            raise _bad_json("missing field `tenant_id`")
+        try:
+            self._tenants.configure_tenant(tenant_id, changes)
+        except TenantNotFoundError as error:
+            raise NotFound(str(error)) from error
+        except ConfigError as error:
+            raise _bad_config(error) from error
+        return self.tenant_config(tenant_id)
+
+    def tenant_config(self, tenant_id: TenantId) -> Json:
+        """The settings of a tenant: all of them, and those it has of its own."""
+        try:
+            tenant = self._tenants.tenant(tenant_id)
+        except TenantNotFoundError as error:
+            raise NotFound(str(error)) from error
+        return {
+            "tenant_id": str(tenant_id),
+            "effective": tenant.settings.document(),
+            "overrides": dict(tenant.overrides),
+        }
 
     def timeline_list(self, tenant_id: TenantId, *, recount: bool) -> Json:
         """Descriptions of all timelines of a tenant.
@@ -119,6 +149,31 @@ class PageserverApi:
         """The description of one timeline."""
         return describe(self._timeline(tenant_id, timeline_id), recount=recount)
 
+    def lsn_by_timestamp(
+        self, tenant_id: TenantId, timeline_id: TimelineId, timestamp: str | None
+    ) -> Json:
+        """Where a timeline stood at a time given in RFC 3339; see `time_travel.TimestampLsn`.
+
+        Every transaction that ended before `received_lsn` was known when the answer was found.
+        """
+        if timestamp is None:
+            raise BadRequest("missing query parameter `timestamp`")
+        try:
+            time = parse_timestamp(timestamp)
+        except TimestampParseError as error:
+            raise BadRequest(str(error)) from None
+        handle = self._timeline(tenant_id, timeline_id)
+        received = max(handle.timeline.last_record_lsn, handle.walreceiver.received_lsn)
+        found = lsn_by_timestamp(handle.datadir, time)
+        return {
+            "lsn": str(found.lsn),
+            "kind": found.kind.value,
+            "commit_time": None if found.commit_time is None else timestamp_text(found.commit_time),
+            "ancestor_timeline_id": None if found.ancestor_id is None else str(found.ancestor_id),
+            # Behind the last record on a page the sender's end of the WAL is behind a page header.
+            "received_lsn": str(Lsn(normalize_lsn(received))),
+        }
+
     def lease_create(
         self, tenant_id: TenantId, timeline_id: TimelineId, body: Mapping[str, Json]
     ) -> Json:
@@ -128,8 +183,7 @@ class PageserverApi:
         if lsn is None:
             raise _bad_json("missing field `lsn`")
         try:
-            handle.wait_lsn(lsn)
-            return _lease_json(handle, handle.leases.acquire(lsn, ttl))
+            return _lease_json(handle.acquire_lease(lsn, ttl))
         except LsnNotReadableError as error:
             raise Conflict(str(error)) from error
 
@@ -144,15 +198,13 @@ class PageserverApi:
         handle = self._timeline(tenant_id, timeline_id)
         lsn, ttl = _lease_lsn(body), _lease_ttl(body)
         try:
-            if lsn is not None:
-                handle.wait_lsn(lsn)
-            return _lease_json(handle, handle.leases.renew(lease_id, ttl, lsn))
+            return _lease_json(handle.renew_lease(lease_id, ttl, lsn))
         except (LeaseGoneError, LsnNotReadableError) as error:
             raise Gone(str(error)) from error
 
     def lease_release(self, tenant_id: TenantId, timeline_id: TimelineId, lease_id: str) -> Json:
         """Ends a lease; ending one that is gone is no error."""
-        self._timeline(tenant_id, timeline_id).leases.release(lease_id)
+        self._timeline(tenant_id, timeline_id).release_lease(lease_id)
 
     def attach(self, tenant_id: TenantId, timeline_id: TimelineId) -> NoReturn:
         """Needs remote storage."""
@@ -201,11 +253,11 @@ def _info(tenant_id: TenantId, timeline_id: TimelineId, local: Json) -> Json:
     }
 
 
-def _lease_json(handle: TimelineHandle, lease: Lease) -> Json:
+def _lease_json(lease: Lease) -> Json:
     return {
         "lease_id": lease.lease_id,
         "lsn": str(lease.lsn),
-        "expires_in": round(handle.leases.remaining(lease), 3),
+        "expires_in": round(lease.ttl, 3),
     }
 
 
@@ -238,6 +290,20 @@ def _optional_string(body: Mapping[str, Json], key: str) -> str | None:
 def _parsed(body: Mapping[str, Json], key: str, parse: Any) -> Any:
     text = _optional_string(body, key)
     return None if text is None else parse(text)
+
+
+def _tenant_id(body: dict[str, Json], key: str) -> TenantId | None:
+    """The tenant that a request names, taken out of it."""
+    try:
+        tenant_id: TenantId | None = _parsed(body, key, TenantId.parse)
+    except IdParseError as error:
+        raise _bad_json(str(error)) from None
+    body.pop(key, None)
+    return tenant_id
+
+
+def _bad_config(error: ConfigError) -> BadRequest:
+    return BadRequest(": ".join(error_chain(error)))
 
 
 def _bad_json(detail: str) -> BadRequest:

@@ -6,7 +6,8 @@ import socket
 from collections.abc import Callable
 
 from pageserver.http.api import Json, PageserverApi
-from pageserver.tenants import TenantError, TenantManager
+from pageserver.tenant import TenantError
+from pageserver.tenants import TenantManager
 from pageserver.timelines import LsnNotReadableError
 from zenith_utils.http_server import (
     HttpError,
@@ -32,6 +33,8 @@ def routes(tenants: TenantManager) -> list[Route]:
         Route("GET", "/v1/status", lambda _: api.status()),
         Route("GET", "/v1/tenant", lambda _: api.tenant_list()),
         Route("POST", "/v1/tenant", _created(lambda r: api.tenant_create(r.json_object()))),
+        Route("PUT", "/v1/tenant/config", lambda r: api.tenant_configure(r.json_object())),
+        Route("GET", "/v1/tenant/{tenant_id}/config", lambda r: api.tenant_config(r.tenant_id())),
         Route(
             "GET", tenant, lambda r: api.timeline_list(r.tenant_id(), recount=_RECOUNT in r.query)
         ),
@@ -45,6 +48,13 @@ def routes(tenants: TenantManager) -> list[Route]:
             timeline,
             lambda r: api.timeline_detail(
                 r.tenant_id(), r.timeline_id(), recount=_RECOUNT in r.query
+            ),
+        ),
+        Route(
+            "GET",
+            timeline + "/get_lsn_by_timestamp",
+            lambda r: api.lsn_by_timestamp(
+                r.tenant_id(), r.timeline_id(), r.query.get("timestamp")
             ),
         ),
         Route("POST", timeline + "/attach", lambda r: api.attach(r.tenant_id(), r.timeline_id())),
