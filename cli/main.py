@@ -20,11 +20,12 @@ _COMMANDS = {
     "init": "environment",
     "start": "environment",
     "stop": "environment",
-    "tenant": "timelines",
+    "tenant": "tenants",
     "timeline": "timelines",
     "pageserver": "servers",
     "safekeeper": "servers",
     "pg": "nodes",
+    "storage": "storage",
 }
 
 
@@ -80,6 +81,7 @@ def cli(ctx: click.Context) -> None:
     zenith timeline branch --branch-name fix      branch main, at once, whatever its size
     zenith pg start fix --branch-name fix         a second Postgres, on the branch
     zenith pg start past --lsn 0/2000028          open main as it was at an LSN
+    zenith pg start then --at '2026-11-22 10:00'  open main as it was at a time
     zenith stop                                   stop everything; nothing is lost
 
     The environment is that of ZENITH_REPO_DIR, else ./.zenith.

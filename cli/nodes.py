@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 import click
 
 from control_plane.compute import ComputeControlPlane
@@ -13,16 +15,18 @@ from zenith_utils.ids import TenantId, TimelineId
 from .context import (
     TIMELINE_ID,
     CliContext,
-    parse_lsn,
     pass_context,
     render_error,
     say,
     tenant_option,
 )
 from .progress import progress
+from .time_travel import at_option, chosen_lsn
 
 _PORT = click.IntRange(1, 65535)
 _LSN_HELP = "Open the branch read-only, exactly as it was at this LSN."
+_AT_HELP = "Open the branch read-only, exactly as it was at this time"
+_BAD_LSN = "Failed to parse Lsn from the request"
 
 
 @click.group()
@@ -35,6 +39,7 @@ def pg() -> None:
 @tenant_option
 @click.option("--branch-name", default=DEFAULT_BRANCH, show_default=True)
 @click.option("--lsn", help=_LSN_HELP)
+@at_option(_AT_HELP)
 @click.option("--port", type=_PORT, help="Port; default: the next free one from 55432.")
 @click.option("--config-only", is_flag=True, hidden=True)
 @pass_context
@@ -44,6 +49,7 @@ def pg_create(
     tenant_id: TenantId | None,
     branch_name: str,
     lsn: str | None,
+    at: datetime | None,
     port: int | None,
     config_only: bool,
 ) -> None:
@@ -55,6 +61,7 @@ def pg_create(
     \b
     zenith pg create main
     zenith pg create test --branch-name fix --port 6000
+    zenith pg create morning --at '2026-11-22 10:00:00'
     """
     tenant_id = ctx.tenant(tenant_id)
     timeline_id = ctx.env.branch_timeline(branch_name, tenant_id)
@@ -62,7 +69,7 @@ def pg_create(
         tenant_id,
         node or f"{branch_name}_node",
         timeline_id,
-        parse_lsn(lsn, "Failed to parse Lsn from the request"),
+        chosen_lsn(ctx.env, (tenant_id, timeline_id), lsn, at, "--lsn", _BAD_LSN),
         port,
     )
 
@@ -73,6 +80,7 @@ def pg_create(
 @click.option("--branch-name", help="Branch of a new node; default: main.")
 @click.option("--timeline-id", type=TIMELINE_ID, hidden=True)
 @click.option("--lsn", help=_LSN_HELP)
+@at_option(_AT_HELP)
 @click.option("--port", type=_PORT, help="Port of a new node; default: the next free one.")
 @pass_context
 def pg_start(
@@ -82,6 +90,7 @@ def pg_start(
     branch_name: str | None,
     timeline_id: TimelineId | None,
     lsn: str | None,
+    at: datetime | None,
     port: int | None,
 ) -> None:
     """Start a node; one that does not exist is created first.
@@ -91,7 +100,8 @@ def pg_start(
     \b
     zenith pg start main
     zenith pg start test --branch-name fix
-    zenith pg start yesterday --branch-name main --lsn 0/2000028
+    zenith pg start past --branch-name main --lsn 0/2000028
+    zenith pg start yesterday --branch-name main --at '2026-11-21 10:00:00+00'
     """
     tenant_id = ctx.tenant(tenant_id)
     if node is None:
@@ -102,7 +112,8 @@ def pg_start(
         say(f"Starting existing postgres {node}...")
     else:
         branch_timeline = ctx.env.branch_timeline(branch_name or DEFAULT_BRANCH, tenant_id)
-        at_lsn = parse_lsn(lsn, "Failed to parse Lsn from the request")
+        branch = tenant_id, branch_timeline
+        at_lsn = chosen_lsn(ctx.env, branch, lsn, at, "--lsn", _BAD_LSN)
         say(f"Starting new postgres {node} on timeline {branch_timeline} ...")
         compute = plane.create(tenant_id, node, branch_timeline, at_lsn, port)
     with progress(f"starting postgres {node}"):

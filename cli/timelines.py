@@ -1,8 +1,9 @@
-"""`zenith tenant …` and `zenith timeline …`."""
+"""`zenith timeline …`."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from datetime import datetime
 from typing import Any
 
 import click
@@ -12,37 +13,8 @@ from control_plane.local_env import DEFAULT_BRANCH, LocalEnv
 from control_plane.pageserver_http import PageserverHttp
 from zenith_utils.ids import TenantId, TimelineId
 
-from .context import TENANT_ID, TIMELINE_ID, CliContext, parse_lsn, pass_context, say, tenant_option
-
-
-@click.group()
-def tenant() -> None:
-    """Create and list tenants."""
-
-
-@tenant.command("list")
-@pass_context
-def tenant_list(ctx: CliContext) -> None:
-    """List the tenants of the pageserver, with their states."""
-    for info in PageserverHttp(ctx.env).tenant_list():
-        say(f"{info['id']} {info['state']}")
-
-
-@tenant.command("create")
-@click.option("--tenant-id", type=TENANT_ID, help="Id of the new tenant; default: random.")
-@click.option("--timeline-id", type=TIMELINE_ID, hidden=True)
-@pass_context
-def tenant_create(
-    ctx: CliContext, tenant_id: TenantId | None, timeline_id: TimelineId | None
-) -> None:
-    """Create a tenant; give it a first branch with `zenith timeline create`.
-
-    \b
-    zenith tenant create --tenant-id 9ef87a5bf0d92544f6fafeeb3239695c
-    zenith timeline create --tenant-id 9ef87a5bf0d92544f6fafeeb3239695c --branch-name main
-    """
-    created = PageserverHttp(ctx.env).tenant_create(tenant_id or TenantId.generate())
-    say(f"tenant {created} successfully created on the pageserver")
+from .context import CliContext, pass_context, say, tenant_option
+from .time_travel import at_option, chosen_lsn
 
 
 @click.group(invoke_without_command=True)
@@ -76,6 +48,7 @@ def timeline_create(ctx: CliContext, tenant_id: TenantId | None, branch_name: st
 @click.option("--branch-name", help="Name of the new branch.")
 @click.option("--ancestor-branch-name", default=DEFAULT_BRANCH, show_default=True)
 @click.option("--ancestor-start-lsn", metavar="LSN", help="Where to branch; default: the newest.")
+@at_option("Branch at the state of this time")
 @pass_context
 def timeline_branch(
     ctx: CliContext,
@@ -83,19 +56,28 @@ def timeline_branch(
     branch_name: str | None,
     ancestor_branch_name: str,
     ancestor_start_lsn: str | None,
+    at: datetime | None,
 ) -> None:
-    """Branch a timeline at its newest state or at a past LSN. Copies nothing.
+    """Branch a timeline at its newest state, or at a past LSN or time. Copies nothing.
 
     \b
     zenith timeline branch --branch-name fix
     zenith timeline branch --branch-name before --ancestor-start-lsn 0/2000028
+    zenith timeline branch --branch-name morning --at '2026-11-22 10:00:00+00'
     zenith pg start fix --branch-name fix
     """
     tenant_id = ctx.tenant(tenant_id)
     name = _required(branch_name)
     ctx.env.check_branch_is_free(name, tenant_id)
     ancestor = ctx.env.branch_timeline(ancestor_branch_name, tenant_id)
-    lsn = parse_lsn(ancestor_start_lsn, "Failed to parse ancestor start Lsn from the request")
+    lsn = chosen_lsn(
+        ctx.env,
+        (tenant_id, ancestor),
+        ancestor_start_lsn,
+        at,
+        "--ancestor-start-lsn",
+        "Failed to parse ancestor start Lsn from the request",
+    )
     info = PageserverHttp(ctx.env).timeline_create(
         tenant_id, ancestor_timeline_id=ancestor, ancestor_start_lsn=lsn
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from control_plane import http_client
@@ -10,6 +11,10 @@ from control_plane.errors import ControlPlaneError
 from control_plane.local_env import LocalEnv
 from zenith_utils.ids import TenantId, TimelineId
 from zenith_utils.lsn import Lsn
+from zenith_utils.timestamp import timestamp_text
+
+# Value of a setting; None stands for the default.
+Setting = str | int | None
 
 # Timeline creation waits for WAL up to the pageserver's wait_lsn_timeout.
 CREATE_TIMEOUT = 180.0
@@ -27,10 +32,25 @@ class PageserverHttp:
         answer: list[dict[str, Any]] = self._request("GET", "/tenant", list)
         return answer
 
-    def tenant_create(self, tenant_id: TenantId) -> TenantId:
-        """Create a tenant without timelines."""
-        body = {"new_tenant_id": str(tenant_id)}
+    def tenant_create(
+        self, tenant_id: TenantId, settings: Mapping[str, Setting] | None = None
+    ) -> TenantId:
+        """Create a tenant without timelines, with settings of its own."""
+        body = {"new_tenant_id": str(tenant_id), **(settings or {})}
         return TenantId.parse(self._request("POST", "/tenant", str, body))
+
+    def tenant_config(self, tenant_id: TenantId) -> dict[str, Any]:
+        """A tenant's settings: ``effective`` are all of them, ``overrides`` those of its own."""
+        answer: dict[str, Any] = self._request("GET", f"/tenant/{tenant_id}/config", dict)
+        return answer
+
+    def tenant_configure(
+        self, tenant_id: TenantId, changes: Mapping[str, Setting]
+    ) -> dict[str, Any]:
+        """Change settings that a tenant has of its own; None takes one away. All its settings."""
+        body = {"tenant_id": str(tenant_id), **changes}
+        answer: dict[str, Any] = self._request("PUT", "/tenant/config", dict, body)
+        return answer
 
     def timeline_list(self, tenant_id: TenantId) -> list[dict[str, Any]]:
         """TimelineInfo objects of a tenant."""
@@ -53,6 +73,15 @@ class PageserverHttp:
         }
         path = f"/tenant/{tenant_id}/timeline"
         answer: dict[str, Any] = self._request("POST", path, dict, body)
+        return answer
+
+    def lsn_by_timestamp(
+        self, tenant_id: TenantId, timeline_id: TimelineId, time: int
+    ) -> dict[str, Any]:
+        """Where a timeline stood at a time (microseconds since 2000-01-01 UTC)."""
+        path = f"/tenant/{tenant_id}/timeline/{timeline_id}/get_lsn_by_timestamp"
+        query = f"?timestamp={timestamp_text(time)}"
+        answer: dict[str, Any] = self._request("GET", path + query, dict)
         return answer
 
     def _request(self, method: str, path: str, kind: type, body: object = None) -> Any:
