@@ -1,7 +1,7 @@
 """The frequent record effects once more in plain Python, to check the native ones against.
 
-Only what concerns one database (its blocks and sizes), the commit log, multixacts and counters; the
-relations of other databases are left out.
+Only what concerns one database (its blocks and sizes), the commit log, multixacts, counters and the
+times of commits; the relations of other databases are left out.
 """
 
 from collections import defaultdict
@@ -43,6 +43,7 @@ class Reference:
         self.database = database
         self.sizes = dict(sizes)
         self.next_xid, self.next_multi, self.next_offset = counters
+        self.commit_time = keys.BEFORE_COMMITS
         self.values: Values = {}
         self.version = VERSIONS[15]
 
@@ -145,6 +146,7 @@ class Reference:
         if op > xact_records.XLOG_XACT_ABORT_PREPARED or op == xact_records.XLOG_XACT_PREPARE:
             return
         end = xact_records.parse_xact_end(record.main_data, record.info, self.version)
+        self._see_time(end.xact_time, record)
         pages: dict[int, list[int]] = defaultdict(list)
         for xid in (end.twophase_xid or record.xid, *end.subxacts):
             self._see_xid(xid)
@@ -158,6 +160,15 @@ class Reference:
                 rel = relation.fork(forknum)
                 if self.sizes.pop(rel, None) is not None:
                     self._image(keys.rel_size_key(rel), record, b"")
+
+    def _see_time(self, time: int, record: DecodedRecord) -> None:
+        before = self.commit_time
+        if time > before.time:
+            self.commit_time = before._replace(time=time)
+        elif time < before.time - keys.CLOCK_TOLERANCE:
+            self.commit_time = keys.CommitTime(before.clock_sets + 1, time)
+        if self.commit_time != before:
+            self._image(keys.COMMIT_TIME_KEY, record, keys.encode_commit_time(self.commit_time))
 
     def _smgr(self, record: DecodedRecord) -> None:
         if record.rmgr_info == xlog_records.XLOG_SMGR_CREATE:

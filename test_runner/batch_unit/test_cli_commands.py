@@ -6,6 +6,7 @@ import os
 import pty
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,12 @@ def run(
         (["pg", "stop", "nobody"], 1, "postgres nobody is not found"),
         (["pg", "stop", ".."], 1, "invalid node name '..'"),
         (["pg", "create", "--lsn", "5", "n"], 1, "Failed to parse Lsn from the request"),
+        (["pg", "create", "--at", "noon", "n"], 2, "'noon' is no time: expected one like"),
+        (["pg", "create", "--at", "2026-02-30", "n"], 2, "(day is out of range for month)"),
+        (["pg", "start", "--at", "2999-12-31", "n"], 1, "2999-12-31 00:00:00"),
+        (["pg", "start", "--at", "2999-12-31", "n"], 1, " is in the future: it is "),
+        (["pg", "start", "--at", "2000-01-01", "--lsn", "0/28", "n"], 2, "exclude each other"),
+        (["pg", "create", "--at", "2000-01-01", "n"], 1, "the pageserver does not answer"),
         (["pg", "start", "n", "--branch-name", "b"], 1, "no timeline id for branch name 'b'"),
         (["timeline", "create"], 1, "No branch name provided"),
         (["timeline", "branch", "--branch-name", "main"], 1, "branch 'main' is already mapped"),
@@ -86,6 +93,19 @@ def test_errors(
     got, out, err = run(capsys, monkeypatch, *arguments)
     assert (got, out) == (status, "")
     assert text in err
+
+
+def test_time_without_zone_is_local(
+    env: LocalEnv, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        _, _, err = run(capsys, monkeypatch, "pg", "start", "n", "--at", "2999-12-31T10:00")
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert "2999-12-31 10:00:00+09:00 is in the future: it is " in err
 
 
 def test_answers_without_daemons(

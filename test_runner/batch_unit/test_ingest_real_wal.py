@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from batch_unit.ingest_oracle import Oracle, records
@@ -20,16 +21,25 @@ from pageserver.layered_repository.settings import StoreSettings
 from pageserver.layered_repository.timeline import Timeline
 from pageserver.pgdatadir_mapping import DatadirTimeline
 from pageserver.reconstruct import PageRedo, make_reconstruct
+from pageserver.time_travel import TimestampKind, lsn_by_timestamp
 from pageserver.walingest import IngestError, WalIngest
 from pageserver.walredo import RedoRequest, WalRedoPool
 from pgxn.build import build_module
+from postgres_ffi import xact_records as xact
 from postgres_ffi.checkpoint import parse_checkpoint
 from postgres_ffi.slru import SlruKind
+from postgres_ffi.versions import Rmgr
 from postgres_ffi.wal_decoder import WalDecodeError
 from zenith_utils.ids import TenantId, TimelineId
 
 DATABASE = 5  # "postgres"
 ALL_KEYS = (bytes(18), b"\xff" * 18)
+XACT_ENDS = {
+    xact.XLOG_XACT_COMMIT,
+    xact.XLOG_XACT_ABORT,
+    xact.XLOG_XACT_COMMIT_PREPARED,
+    xact.XLOG_XACT_ABORT_PREPARED,
+}
 
 
 class NoRedo:
@@ -80,7 +90,7 @@ def redo_pool(recording: Recording, workdir: Path) -> Iterator[WalRedoPool]:
 
 
 def imported(
-    recording: Recording, path: Path, redo: PageRedo, **settings: int
+    recording: Recording, path: Path, redo: PageRedo, **settings: Any
 ) -> tuple[Repository, Timeline]:
     """A repository whose timeline is the cluster before its first start."""
     path.mkdir(exist_ok=True)
@@ -183,7 +193,7 @@ def is_compared(key: bytes) -> bool:
         return b == DATABASE and (c != 0 or d != 0)
     if kind == keys.KeyKind.SLRU:
         return key[-4:] != b"\xff" * 4 and b == 1
-    return key == keys.COUNTERS_KEY
+    return key in (keys.COUNTERS_KEY, keys.COMMIT_TIME_KEY)
 
 
 def test_native_values_are_those_of_plain_python(recording: Recording, tmp_path: Path) -> None:
@@ -201,6 +211,27 @@ def test_native_values_are_those_of_plain_python(recording: Recording, tmp_path:
     zeros = {at for at, value in native.items() if at[0][0] == 1 and value == (1, b"")}
     assert {at: value for at, value in native.items() if at not in zeros} == expected
     assert len(expected) > 100_000
+    repository.shutdown(flush=False)
+
+
+def test_times_lead_where_recovery_would_stop(recording: Recording, tmp_path: Path) -> None:
+    """As with recovery_target_time: before the first transaction that ended later."""
+    repository, timeline = imported(recording, tmp_path / "repository", NoRedo())
+    datadir, ingest = open_ingest(recording, timeline)
+    end = ingest.ingest(wal_behind(recording, ingest.start_lsn))
+    ends = [
+        (one.end_lsn, xact.parse_xact_end(one.main_data, one.info, recording.version).xact_time)
+        for one in records(recording)
+        if one.rmid == Rmgr.XACT and one.info & xact.XLOG_XACT_OPMASK in XACT_ENDS
+    ]
+    times = sorted({time for _, time in ends})
+    assert len(times) > 200
+    for time in random.Random(7).sample(times, 60):
+        found = lsn_by_timestamp(datadir, time)
+        later = min((lsn for lsn, other in ends if other > time), default=end + 8)
+        assert found.lsn == later - 8
+    assert lsn_by_timestamp(datadir, times[0] - 1).kind is TimestampKind.PAST
+    assert lsn_by_timestamp(datadir, times[-1]).kind is TimestampKind.FUTURE
     repository.shutdown(flush=False)
 
 

@@ -28,9 +28,13 @@ def test_defaults() -> None:
     assert conf.id == 7
     assert conf.listen_pg_addr == "127.0.0.1:64000"
     assert conf.listen_http_addr == "127.0.0.1:9898"
-    assert conf.checkpoint_distance == 256 * 1024 * 1024
-    assert conf.gc_horizon == 64 * 1024 * 1024
-    assert (conf.compaction_period, conf.gc_period) == (1.0, 100.0)
+    tenant = conf.tenant
+    assert tenant.checkpoint_distance == tenant.compaction_target_size == 256 * 1024 * 1024
+    assert (tenant.gc_horizon, tenant.pitr_interval) == (64 * 1024 * 1024, 24 * 3600)
+    assert (tenant.compaction_period, tenant.gc_period) == (1.0, 100.0)
+    assert (tenant.compaction_threshold, tenant.image_creation_threshold) == (10, 3)
+    assert tenant.compression == "zstd"
+    assert (conf.open_layer_memory_limit, conf.open_layer_spill_threshold) == (512 << 20, 64 << 20)
     assert (conf.wait_lsn_timeout, conf.wal_redo_timeout) == (60.0, 60.0)
     assert conf.checkpoint_timeout == 600.0
     assert parse("checkpoint_timeout = '0 s'").checkpoint_timeout == 0.0
@@ -50,6 +54,10 @@ def test_defaults() -> None:
         ("listen_pg_addr = 5", "configure option listen_pg_addr is not a string"),
         ("listen_pg_addr = 'nowhere'", "invalid address 'nowhere'"),
         ("gc_period = 'soon'", "invalid duration"),
+        ("compaction_threshold = 0", "configure option compaction_threshold must be at least 1"),
+        ("pitr_interval = 3600", "configure option pitr_interval is not a string"),
+        ("pitr_interval = 'long'", "invalid duration 'long'"),
+        ("compression = 'lz4'", "invalid compression 'lz4', expected one of ('zstd', 'none')"),
         ("auth_type = 'trust'", "invalid auth_type 'trust'"),
         ("remote_storage = 'x'", "configure option remote_storage is not a table"),
         ("remote_storage = {}", "no 'local_path' nor 'bucket_name' option"),
@@ -82,8 +90,9 @@ def test_id_is_mandatory_and_fixed_at_init() -> None:
 
 
 def test_durations_are_text_with_units() -> None:
-    assert parse("gc_period = '1h 30min'").gc_period == 5400
-    assert parse("gc_period = '100ms'").gc_period == pytest.approx(0.1)
+    assert parse("gc_period = '1h 30min'").tenant.gc_period == 5400
+    assert parse("gc_period = '100ms'").tenant.gc_period == pytest.approx(0.1)
+    assert parse("pitr_interval = '0 s'").tenant.pitr_interval == 0.0
 
 
 def test_overrides_replace_top_level_keys_in_order() -> None:
@@ -104,6 +113,25 @@ def test_file_round_trip(tmp_path: Path) -> None:
     (tmp_path / "pageserver.toml").write_text(config.dump_document(document))
     assert config.load_document(tmp_path) == document
     assert config.parse_config(document, tmp_path).initdb_options == ("-k",)
+
+
+def test_commented_defaults_are_the_defaults() -> None:
+    """What the initial file shows with a '#' before it changes nothing when that is taken away."""
+    lines = config.DEFAULT_CONFIG_FILE.splitlines()
+    settings = [line[1:] for line in lines if line.startswith("#") and line[1:2].isalpha()]
+    document = config.parse_override("\n".join(line for line in settings if line[:3] != "id "))
+    assert document
+    assert config.parse_config({"id": 7, **document}, WORKDIR).tenant == parse().tenant
+    for name in (
+        "open_layer_memory_limit",
+        "open_layer_spill_threshold",
+        "page_cache_size",
+        "checkpoint_timeout",
+    ):
+        assert name in document
+        assert getattr(config.parse_config({"id": 7, **document}, WORKDIR), name) == getattr(
+            parse(), name
+        )
 
 
 def test_missing_file(tmp_path: Path) -> None:

@@ -124,6 +124,33 @@ def test_metrics_lines(root: Root) -> None:
     assert 'pageserver_live_connections_count{pageserver_connection_kind="page_service"}' in text
 
 
+def test_lsn_by_timestamp(root: Root) -> None:
+    server, timeline = root.server, f"tenant/{root.tenant}/timeline/{root.timeline}"
+    path = timeline + "/get_lsn_by_timestamp"
+    fresh = server.http("GET", path + "?timestamp=2026-11-22T10:00:00Z")
+    assert fresh.pop("received_lsn") >= str(root.lsn)
+    assert fresh == {
+        "lsn": str(root.lsn),
+        "kind": "nodata",
+        "commit_time": None,
+        "ancestor_timeline_id": None,
+    }
+    for query, message in (
+        ("", "missing query parameter `timestamp`"),
+        ("?timestamp=noon", "invalid timestamp 'noon'"),
+        ("?timestamp=2026-11-22T10:00:00+00:00", "invalid timestamp '2026-11-22T10:00:00 00:00'"),
+    ):
+        with pytest.raises(HttpError, match=message) as caught:
+            server.http("GET", path + query)
+        assert caught.value.status == 400
+    assert server.http("GET", path + "?timestamp=2026-11-22T10:00:00%2B00:00")["kind"] == "nodata"
+    with pytest.raises(HttpError, match="not found neither locally nor remotely") as caught:
+        server.http(
+            "GET", path.replace(str(root.timeline), NOBODY) + "?timestamp=2026-11-22T10:00:00Z"
+        )
+    assert caught.value.status == 404
+
+
 def test_lsn_leases(root: Root) -> None:
     server = root.server
     path = f"tenant/{root.tenant}/timeline/{root.timeline}/lsn_lease"

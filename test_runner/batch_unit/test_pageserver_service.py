@@ -133,7 +133,9 @@ def test_pipelined_requests_are_answered_in_order(root: Root) -> None:
         (f"pagestream {NOBODY} {NOBODY}", f"Tenant {NOBODY} not found"),
         (f"basebackup {NOBODY}", "invalid param number for basebackup command"),
         ("basebackup x y", "invalid tenant id 'x'"),
-        (f"do_gc {NOBODY} {NOBODY} 0", "do_gc is not supported yet"),
+        (f"do_gc {NOBODY} {NOBODY} 0", f"Tenant {NOBODY} not found"),
+        (f"do_gc {NOBODY}", "invalid param number for do_gc command"),
+        (f"compact {NOBODY}", "invalid param number for compact command"),
         ("failpoints a=off", "failpoints is not supported yet"),
     ],
 )

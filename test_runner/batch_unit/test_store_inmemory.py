@@ -1,4 +1,4 @@
-"""The in-memory layer: order of puts, replacement, freezing, readers beside the writer."""
+"""The in-memory layer: order of puts, deleted ranges, freezing, readers beside the writer."""
 
 import random
 import threading
@@ -99,6 +99,96 @@ def test_values_of_all_sizes() -> None:
     assert layer.memory_size >= sum(sizes)
 
 
+def test_a_deleted_range_hides_what_is_older() -> None:
+    layer = InMemoryLayer(1)
+    for number in range(5):
+        layer.put(key(number), 8, RECORD, b"old")
+    layer.put(key(1), 16, RECORD, b"of the same record, put before")
+    layer.delete_range(key(1), key(3), 16)
+    layer.publish(16)
+    layer.put(key(2), 24, RECORD, b"new")
+    assert [read(layer, i, 16) for i in range(5)] == [[(8, b"old")], [], [], *[[(8, b"old")]] * 2]
+    assert read(layer, 2, 15) == [(8, b"old")]
+    assert read(layer, 2, 24) == [(24, b"new")]
+    assert sorted(layer.keys(MIN_KEY, MAX_KEY, 15)) == [key(i) for i in range(5)]
+    assert sorted(layer.keys(MIN_KEY, MAX_KEY, 16)) == [key(0), key(3), key(4)]
+    assert sorted(layer.keys(MIN_KEY, MAX_KEY, 24)) == [key(0), key(2), key(3), key(4)]
+    assert layer.tombstones() == layer.tombstones(16) == [(key(1), key(3), 16)]
+    assert layer.tombstones(15) == []
+    # A deleted key needs nothing from older layers, others do.
+    batch = ReadBatch([key(1), key(2), key(3)])
+    layer.read(batch, 0, 3, 24, 0)
+    assert [batch.is_pending(i) for i in range(3)] == [False, False, True]
+    assert batch.pending == 1
+    # The range counts for a layer without any value too.
+    layer = InMemoryLayer(1)
+    layer.delete_range(key(1), key(3), 16)
+    batch = ReadBatch([key(1)])
+    layer.read(batch, 0, 1, 15, 0)
+    assert batch.is_pending(0)
+    layer.read(batch, 0, 1, 16, 0)
+    assert not batch.is_pending(0)
+
+
+def test_deletions_that_would_change_the_past_are_refused() -> None:
+    layer = InMemoryLayer(1)
+    layer.put(key(9), 16, IMAGE, b"")
+    with pytest.raises(ValueError, match="not above"):
+        layer.delete_range(key(1), key(3), 8)
+    with pytest.raises(ValueError, match="end of the range"):
+        layer.delete_range(key(3), key(3), 16)
+    layer.delete_range(key(1), key(3), 24)
+    for lsn in (16, 24):
+        with pytest.raises(ValueError, match="deleted at this LSN or a later one"):
+            layer.put(key(2), lsn, IMAGE, b"")
+    layer.put(key(3), 16, IMAGE, b"")
+    layer.put(key(2), 32, IMAGE, b"")
+    layer.publish(40)
+    with pytest.raises(ValueError, match="not above"):
+        layer.delete_range(key(1), key(3), 40)
+    assert layer.max_lsn == 32
+    layer.delete_range(key(1), key(3), 48)
+    assert layer.max_lsn == 48
+    layer.freeze(41, 0)
+    with pytest.raises(RuntimeError, match="frozen"):
+        layer.delete_range(key(1), key(3), 56)
+    # The unfinished batch is dropped with its deletion.
+    assert layer.tombstones() == [(key(1), key(3), 24)]
+    assert read(layer, 2, 100) == [(32, b"")]
+
+
+def test_many_deleted_ranges_against_a_list() -> None:
+    random_source = random.Random(11)
+    layer = InMemoryLayer(1)
+    deleted: list[tuple[int, int, int]] = []
+    values: dict[int, list[int]] = {}
+    for lsn in range(8, 8 * 3000, 8):
+        start = random_source.randrange(400)
+        if random_source.random() < 0.5:
+            layer.put(key(start), lsn, RECORD, b"")
+            values.setdefault(start, []).append(lsn)
+        else:
+            end = start + random_source.choice((1, 3, 3, 200))
+            layer.delete_range(key(start), key(end), lsn)
+            deleted.append((start, end, lsn))
+    size_before = layer.memory_size
+    start, end, lsn = deleted[-1]
+    layer.delete_range(key(start), key(end), max(lsn, layer.max_lsn))
+    assert layer.memory_size >= size_before
+    assert layer.tombstones() == [(key(a), key(b), lsn) for a, b, lsn in deleted]
+    for upper in random_source.sample(range(8, 8 * 3000), 25):
+        live = set()
+        for number in range(400):
+            gone = max(
+                (lsn for a, b, lsn in deleted if a <= number < b and lsn <= upper), default=0
+            )
+            expected = [(lsn, b"") for lsn in values.get(number, ()) if gone < lsn <= upper]
+            assert read(layer, number, upper) == expected
+            if expected:
+                live.add(key(number))
+        assert set(layer.keys(MIN_KEY, MAX_KEY, upper)) == live
+
+
 def test_many_entries_against_a_dict(tmp_path: Path) -> None:
     random_source = random.Random(5)
     numbers = [random_source.choice((7, 1 << 40, 1 << 100)) * random_source.randrange(20_000)
@@ -124,37 +214,65 @@ def test_many_entries_against_a_dict(tmp_path: Path) -> None:
     ]
 
 
-def test_readers_beside_a_writer_see_whole_batches() -> None:
-    keys = [key(i) for i in range(0, 64_000, 8)]
-    layer = InMemoryLayer(1)
+@pytest.mark.parametrize("spill", [False, True])
+def test_readers_beside_a_writer_see_whole_batches(tmp_path: Path, spill: bool) -> None:
+    # Every batch deletes one eighth of the keys and puts all the others.
+    count, batches = 8000, 40
+    keys = [key(i) for i in range(0, 8 * count, 8)]
+    layer = InMemoryLayer(1, spill_dir=tmp_path if spill else None, spill_after=1 << 20)
     published = 0
     done = threading.Event()
     failures: list[str] = []
+
+    def value(lsn: int) -> bytes:
+        return b"%d" % lsn * 30
+
+    def part(lsn: int) -> tuple[int, int]:
+        first = lsn // 8 % 8 * (count // 8)
+        return first, first + count // 8
+
+    def expected(number: int, upper: int) -> list[tuple[int, int, bytes]]:
+        found: list[tuple[int, int, bytes]] = []
+        for lsn in range(8, upper + 1, 8):
+            first, last = part(lsn)
+            if first <= number < last:
+                found.clear()
+            else:
+                found.append((lsn, RECORD, value(lsn)))
+        return found
 
     def reader(seed: int) -> None:
         random_source = random.Random(seed)
         while not done.is_set() and not failures:
             upper = published
-            sample = sorted(random_source.sample(keys, 16))
-            batch = ReadBatch(sample)
+            sample = sorted(random_source.sample(range(count), 16))
+            batch = ReadBatch([keys[i] for i in sample])
             layer.read(batch, 0, len(sample), upper, 0)
-            expected = [(lsn, RECORD, b"%d" % lsn) for lsn in range(8, upper + 1, 8)]
             failures.extend(
-                f"{wanted.hex()} at {upper}: {batch.values(i)}"
-                for i, wanted in enumerate(sample)
-                if batch.values(i) != expected
+                f"{keys[number].hex()} at {upper}: {batch.values(i)}"
+                for i, number in enumerate(sample)
+                if batch.values(i) != expected(number, upper)
             )
+            wanted = [number for number in sample if expected(number, upper)]
+            found = layer.keys(keys[sample[0]], keys[sample[-1]], upper)
+            if not set(found).issuperset(keys[number] for number in wanted[:-1]):
+                failures.append(f"keys at {upper}")
+            if any(not expected(int.from_bytes(k, "big") // 8, upper) for k in found[:50]):
+                failures.append(f"deleted keys at {upper}")
 
     threads = [threading.Thread(target=reader, args=(i,)) for i in range(3)]
     for thread in threads:
         thread.start()
-    joined = b"".join(keys)
-    for lsn in range(8, 8 * 40, 8):
-        lsns = array("Q", [lsn]) * len(keys)
-        layer.put_many(joined, lsns, RECORD, b"%d" % lsn * len(keys))
+    for lsn in range(8, 8 * batches, 8):
+        first, last = part(lsn)
+        layer.delete_range(keys[first], key(8 * (last - 1) + 1), lsn)
+        for group in (keys[:first], keys[last:]):
+            lsns = array("Q", [lsn]) * len(group)
+            layer.put_many(b"".join(group), lsns, RECORD, value(lsn) * len(group))
         layer.publish(lsn)
         published = lsn
     done.set()
     for thread in threads:
         thread.join()
     assert failures == []
+    assert (layer.spilled_size > 0) == spill

@@ -1,87 +1,39 @@
-"""Layer files: the documented format, lookups, and every flipped bit found."""
+"""Layer files in use: lookups, the cursor, the bound on open files, the writer's system calls."""
 
+import errno
+import gc
 import io
 import random
-import struct
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from batch_unit.store_format_support import (
+    LAST_LSN,
+    TENANT,
+    TIMELINE,
+    Entry,
+    decode,
+    key,
+    reopened,
+    write_layer,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typing_extensions import Buffer
 
 from pageserver.layered_repository import dump_layer
-from pageserver.layered_repository.errors import CorruptLayerError
+from pageserver.layered_repository.descriptor_cache import DescriptorCache
+from pageserver.layered_repository.errors import LayerGoneError
+from pageserver.layered_repository.files import FILES, Files
+from pageserver.layered_repository.inmemory_layer import InMemoryLayer
 from pageserver.layered_repository.layer_file import LayerFile
 from pageserver.layered_repository.layer_name import LayerName
+from pageserver.layered_repository.layer_scan import LayerScan
 from pageserver.layered_repository.layer_writer import LayerWriter
+from pageserver.layered_repository.metadata import TimelineMetadata, write_metadata
 from pageserver.layered_repository.read_batch import ReadBatch
-from zenith_utils.crc32c import crc32c
-
-Entry = tuple[bytes, int, int, bytes]
-TENANT, TIMELINE = b"a" * 16, b"b" * 16
-LAST_LSN = (1 << 64) - 2
-
-
-def key(number: int) -> bytes:
-    return number.to_bytes(18, "big")
-
-
-def write(directory: Path, entries: list[Entry], end_lsn: int = LAST_LSN + 1) -> LayerFile:
-    name = LayerName.l0_delta(1, end_lsn)
-    path = directory / str(name)
-    writer = LayerWriter(path, TENANT, TIMELINE)
-    for entry in entries:
-        writer.add(*entry)
-    writer.finish(name)
-    return LayerFile(path, name, TENANT, TIMELINE)
-
-
-def decode(data: bytes) -> list[Entry]:
-    """The format by its description, in plain Python."""
-    assert data[:8] == b"ZNTHLAYR"
-    assert struct.unpack_from("<I", data, 252)[0] == crc32c(data[:252])
-    assert data[16:48] == TENANT + TIMELINE
-    count, leaves, root, size, value_bytes = struct.unpack_from("<5Q", data, 104)
-    assert size == len(data)
-
-    blocks = {}
-    at = 256
-    while at < size:
-        crc, stored, raw, kind, codec, zero = struct.unpack_from("<IIIBBH", data, at)
-        assert crc == crc32c(struct.pack("<Q", at) + data[at + 4 : at + 16 + stored])
-        assert (raw, codec, zero) == (stored, 0, 0)
-        assert kind == (1 if at < leaves else 2 if at < root else 3)
-        blocks[at] = data[at + 16 : at + 16 + stored]
-        at += 16 + stored
-    assert at == size
-
-    entries = []
-    (n_leaves,) = struct.unpack_from("<I", blocks[root])
-    for i in range(n_leaves):
-        first_key, first_lsn, offset, leaf_size = struct.unpack_from(
-            ">18sQ", blocks[root], 8 + 38 * i
-        ) + struct.unpack_from("<QI", blocks[root], 8 + 38 * i + 26)
-        leaf = blocks[offset]
-        assert leaf_size == len(leaf) + 16
-        n, prefix, widths, low_lsn, low_block = struct.unpack_from("<HBB4xQQ", leaf)
-        lsn_width, block_width = 8 if widths & 1 else 4, 8 if widths & 2 else 4
-        width = 18 - prefix + lsn_width + 7 + block_width
-        assert len(leaf) == 48 + n * width
-        for j in range(n):
-            entry = leaf[48 + j * width : 48 + (j + 1) * width]
-            suffix, rest = entry[: 18 - prefix], entry[18 - prefix :]
-            lsn = low_lsn + int.from_bytes(rest[:lsn_width], "big")
-            flags, at_value, value_size = struct.unpack_from("<BHI", rest, lsn_width)
-            block = low_block + int.from_bytes(rest[lsn_width + 7 :], "little")
-            value = blocks[block][at_value : at_value + value_size]
-            assert len(value) == value_size
-            entries.append((leaf[24 : 24 + prefix] + suffix, lsn, flags, value))
-            if j == 0:
-                assert entries[-1][:2] == (first_key, first_lsn)
-    assert len(entries) == count
-    assert sum(len(entry[3]) for entry in entries) == value_bytes
-    return entries
-
 
 numbers = st.integers(0, 40) | st.sampled_from([1 << 64, (1 << 144) - 2, 0xFFFFFFFF])
 lsns = st.integers(1, 60) | st.sampled_from([1 << 31, 1 << 33, LAST_LSN])
@@ -94,23 +46,21 @@ sizes = st.sampled_from([0, 1, 30, 100, 4000, 8191, 8192, 8193, 40_000])
     st.integers(0, 3),
     st.data(),
 )
-def test_round_trip_and_lookup(
+def test_lookup(
     tmp_path_factory: pytest.TempPathFactory,
     content: dict[tuple[int, int], tuple[bool, int]],
     spread: int,
     data: st.DataObject,
 ) -> None:
-    entries = []
-    for (number, lsn), (will_init, size) in sorted(content.items()):
+    unique: dict[tuple[bytes, int], Entry] = {}
+    for (number, lsn), (will_init, size) in content.items():
         value = random.Random(number ^ lsn).randbytes(size)
         for copy in range(spread * 30 + 1):
-            copied = number + copy if number < 41 else number
-            entries.append((key(copied), lsn, 6 | will_init, value))
-    unique = {(entry[0], entry[1]): entry for entry in entries}
+            copied = key(number + copy if number < 41 else number)
+            unique[copied, lsn] = (copied, lsn, 6 | will_init, value)
     entries = [unique[place] for place in sorted(unique)]
-    layer = write(tmp_path_factory.mktemp("layer"), entries)
-    assert decode(Path(layer.path).read_bytes()) == entries
-    assert list(layer.entries()) == entries
+    compress = data.draw(st.booleans(), "compress")
+    layer = write_layer(tmp_path_factory.mktemp("layer"), entries, compress=compress)
 
     all_keys = sorted({entry[0] for entry in entries} | {key(7), key(1 << 80)})
     upper = data.draw(lsns, "upper")
@@ -135,7 +85,7 @@ def test_one_key_over_many_leaves(tmp_path: Path) -> None:
     entries = [(key(1), 8, 1, b"other")]
     entries += [(key(2), 8 * i, 1 if i in (1, 400) else 2, b"%d" % i) for i in range(1, 1000)]
     entries += [(key(3), 8, 1, b"other")]
-    layer = write(tmp_path, entries)
+    layer = write_layer(tmp_path, entries)
     for upper in (8, 1016, 1024, 3192, 3200, 3208, 5000, 9000, (1 << 32) + 7176):
         batch = ReadBatch([key(2)])
         layer.read(batch, 0, 1, upper, 0)
@@ -144,94 +94,326 @@ def test_one_key_over_many_leaves(tmp_path: Path) -> None:
         assert [lsn // 8 for lsn, _, _ in batch.values(0)] == list(range(first, newest + 1))
 
 
-def test_entries_must_ascend(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compress", [False, True])
+def test_scan_says_how_large_the_run_of_a_key_is(tmp_path: Path, compress: bool) -> None:
+    source = random.Random(8)
+    entries = [(key(1), 8 * i, 2, source.randbytes(50)) for i in range(1, 11)]
+    entries += [(key(2), 8 * i, 2, source.randbytes(1000)) for i in range(1, 2001)]
+    entries += [(key(3), 8, 2, source.randbytes(70))]
+    scan = LayerScan(write_layer(tmp_path, entries, compress=compress))
+    assert scan.key_run_size == 0
+    sizes = {}
+    for found, lsn, _, _ in scan:
+        sizes[found, lsn] = scan.key_run_size
+    assert sizes[key(1), 8] == 500
+    assert sizes[key(1), 80] == 50
+    # The run of a key over many leaves is known to a leaf, which is 128 kB here.
+    assert 2_000_000 <= sizes[key(2), 8] <= 2_000_000 + 140_000
+    assert 1_000_000 <= sizes[key(2), 8008] <= 1_000_000 + 140_000
+    assert sizes[key(3), 8] == 70
+    assert (scan.entry_count, scan.key_count) == (len(entries), 3)
+
+
+# ---- open files
+
+
+def open_descriptors(directory: Path) -> int:
+    """How many files of a directory this process has open."""
+    found = 0
+    for link in Path("/proc/self/fd").iterdir():
+        try:
+            found += link.readlink().is_relative_to(directory)
+        except FileNotFoundError:
+            continue  # The descriptor of the listing itself, or another thread's.
+    return found
+
+
+def test_descriptor_cache_closes_what_was_not_used(tmp_path: Path) -> None:
+    cache = DescriptorCache(3)
+    layers = []
+    for i in range(5):
+        name = LayerName.image(key(i), key(i + 1), 8)
+        layers.append(write_layer(tmp_path, [(key(i), 8, 1, b"v")], name, descriptors=cache))
+    for layer in layers[:3]:
+        layer.open()
+    assert [layer.is_open for layer in layers] == [True, True, True, False, False]
+    layers[3].open()  # The hand passes all of them once and closes the first.
+    assert [layer.is_open for layer in layers] == [False, True, True, True, False]
+    layers[1].open()
+    layers[4].open()
+    assert [layer.is_open for layer in layers] == [False, True, False, True, True]
+    assert len(cache) == 3
+    assert open_descriptors(tmp_path) == 3
+    assert list(layers[2].entries()) == [(key(2), 8, 1, b"v")]
+    assert len(cache) == 3
+    assert cache.memory > 0
+    del layer
+    layers.clear()
+    gc.collect()
+    assert (len(cache), cache.memory, open_descriptors(tmp_path)) == (0, 0, 0)
+
+
+def test_descriptor_cache_bounds_memory(tmp_path: Path) -> None:
+    entries = [(key(i), 8, 1, b"") for i in range(20_000)]
+    layers = []
+    cache = DescriptorCache(100, memory_limit=100_000)
+    for i in range(4):
+        name = LayerName.l0_delta(8, 16 + i)
+        layers.append(write_layer(tmp_path, entries, name, descriptors=cache))
+        layers[-1].open()
+        assert layers[-1].is_open
+        assert cache.memory <= 100_000
+    assert 1 <= sum(layer.is_open for layer in layers) == len(cache) < 4
+    alone = DescriptorCache(100, memory_limit=10)
+    layer = LayerFile(layers[0].path, layers[0].name, TENANT, TIMELINE, descriptors=alone)
+    assert layer.may_contain(key(5))
+    assert layer.is_open
+
+
+def test_eviction_while_others_read(tmp_path: Path) -> None:
+    cache = DescriptorCache(2)
+    layers = []
+    for i in range(8):
+        entries = [(key(n), 8, 1, b"%d %d" % (i, n)) for n in range(300)]
+        name = LayerName.delta(key(0), key(1000), 8, 16 + i)
+        layers.append(write_layer(tmp_path, entries, name, compress=i % 2 == 0, descriptors=cache))
+    problems: list[object] = []
+
+    def read(seed: int) -> None:
+        source = random.Random(seed)
+        try:
+            for _ in range(400):
+                number = source.randrange(8)
+                first = source.randrange(250)
+                batch = ReadBatch([key(n) for n in range(first, first + 40)])
+                layers[number].read(batch, 0, 40, 100, 0)
+                for n in range(40):
+                    if batch.image(n) != b"%d %d" % (number, first + n):
+                        problems.append((number, first + n, batch.image(n)))
+        except Exception as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert problems == []
+    assert len(cache) == sum(layer.is_open for layer in layers) <= 2
+    assert open_descriptors(tmp_path) == len(cache)
+
+
+def test_removed_files(tmp_path: Path) -> None:
+    layer = write_layer(tmp_path, [(key(1), 8, 1, b"v")])
+    kept = reopened(layer).open()
+    late = reopened(layer)
+    with pytest.raises(FileNotFoundError):
+        (tmp_path / "none").open()
+    layer.open()
+    late.gone = layer.gone = True
+    FILES.unlink(layer.path)
+    # Who has it open reads on, whoever comes now is told.
+    assert list(layer.entries()) == [(key(1), 8, 1, b"v")]
+    assert list(LayerScan(kept)) == [(key(1), 8, 1, b"v")]
+    for attempt in (late.open, late.verify, lambda: late.may_contain(key(1))):
+        with pytest.raises(LayerGoneError, match=str(layer.path)):
+            attempt()
+    layer.evict()
+    with pytest.raises(LayerGoneError):
+        layer.read(ReadBatch([key(1)]), 0, 1, 8, 0)
+    late.gone = False
+    with pytest.raises(FileNotFoundError):
+        late.open()
+
+
+def test_size_is_known_without_opening(tmp_path: Path) -> None:
+    layer = write_layer(tmp_path, [(key(1), 8, 1, b"v")])
+    assert layer.size == Path(layer.path).stat().st_size
+    assert not layer.is_open
+    told = LayerFile(layer.path, layer.name, TENANT, TIMELINE, size=77)
+    assert told.size == 77
+    told.open()
+    assert told.size == layer.size
+
+
+# ---- writing
+
+
+def test_entries_must_ascend_and_lie_in_the_ranges(tmp_path: Path) -> None:
     writer = LayerWriter(tmp_path / "x", TENANT, TIMELINE)
     writer.add(key(2), 16, 1, b"")
     for wrong in ((key(1), 24), (key(2), 16), (key(2), 8)):
         with pytest.raises(ValueError, match="ascend"):
             writer.add(*wrong, 1, b"")
     writer.add(key(2), 24, 1, b"")
-    with pytest.raises(ValueError, match="outside"):
-        writer.finish(LayerName.image(key(3), key(4), 24))
+    for name in (
+        LayerName.delta(key(3), key(4), 8, 100),
+        LayerName.delta(key(1), key(2), 8, 100),
+        LayerName.image(key(2), key(3), 24),
+        LayerName.delta(key(2), key(3), 16, 24),
+    ):
+        with pytest.raises(ValueError, match="outside"):
+            writer.finish(name)
     writer.abort()
     assert not (tmp_path / "x").exists()
 
 
-def read_everything(path: Path, name: LayerName) -> list[Entry]:
-    return list(LayerFile(path, name, TENANT, TIMELINE).entries())
+class RecordingFiles(Files):
+    """Does what Files does, writes it down, and fails at one step if it is told to."""
+
+    __slots__ = ("calls", "fail_at")
+
+    def __init__(self, fail_at: int = -1) -> None:
+        self.calls: list[tuple[str, str, int, bytes]] = []
+        self.fail_at = fail_at
+
+    def _note(self, call: str, path: str | Path, offset: int = 0, data: bytes = b"") -> None:
+        self.calls.append((call, Path(path).name, offset, data))
+        if len(self.calls) - 1 == self.fail_at:
+            raise OSError(errno.ENOSPC, "no room", str(path))
+
+    def create(self, path: str | Path) -> int:
+        """See Files."""
+        self._note("create", path)
+        return super().create(path)
+
+    def write(self, fd: int, path: str | Path, data: Buffer, offset: int) -> None:
+        """See Files."""
+        self._note("write", path, offset, bytes(data))
+        super().write(fd, path, data, offset)
+
+    def fsync(self, fd: int, path: str | Path) -> None:
+        """See Files."""
+        self._note("fsync", path)
+        super().fsync(fd, path)
+
+    def close(self, fd: int) -> None:
+        """See Files."""
+        super().close(fd)
+        self._note("close", "")
+
+    def rename(self, source: str | Path, target: str | Path) -> None:
+        """See Files."""
+        self._note("rename", source)
+        super().rename(source, target)
+
+    def unlink(self, path: str | Path) -> None:
+        """See Files."""
+        self._note("unlink", path)
+        super().unlink(path)
+
+    def fsync_dir(self, path: str | Path) -> None:
+        """See Files."""
+        self._note("fsync_dir", path)
+        super().fsync_dir(path)
 
 
-def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
-    source = random.Random(3)
-    entries = [(key(i // 3), 8 * (i % 3 + 1), 1, source.randbytes(60)) for i in range(700)]
-    entries.append((key(1000), 8, 1, source.randbytes(20_000)))
-    layer = write(tmp_path, entries, 100)
-    path, name = Path(layer.path), layer.name
-    good = path.read_bytes()
-    places = list(range(300)) + source.sample(range(len(good)), 700) + [len(good) - 1]
-    for place in places:
-        damaged = bytearray(good)
-        damaged[place] ^= 1 << source.randrange(8)
-        path.write_bytes(damaged)
-        with pytest.raises(CorruptLayerError) as caught:
-            read_everything(path, name)
-        assert str(path) in str(caught.value)
-        assert 0 <= caught.value.offset <= place
-        assert str(caught.value.offset) in str(caught.value)
-    path.write_bytes(good)
-    assert read_everything(path, name) == entries
+def write_frozen_layer(path: Path, files: Files, compress: bool) -> None:
+    """A flush of a layer with small values, two big ones and enough to fill the buffer."""
+    layer = InMemoryLayer(8)
+    source = random.Random(4)
+    for i in range(3000):
+        layer.put(key(i * 7 % 3000), 8 + i, 1, source.randbytes(300_000 if i % 1500 == 9 else 600))
+    layer.publish(5000)
+    layer.freeze(5001, 0)
+    writer = LayerWriter(path / "temp", TENANT, TIMELINE, files=files, compress=compress)
+    try:
+        assert writer.add_layer(layer) == 3000
+        assert writer.key_count == 3000
+        assert writer.file_size > 2_000_000
+        writer.finish(LayerName.l0_delta(8, 5001))
+    except BaseException:
+        writer.abort()
+        raise
 
 
-def test_truncated_and_misplaced_content_is_found(tmp_path: Path) -> None:
-    entries = [(key(i), 8, 1, bytes([i % 256]) * 8192) for i in range(200)]
-    layer = write(tmp_path, entries, 100)
-    path, name = Path(layer.path), layer.name
-    good = path.read_bytes()
-    for size in (0, 10, 255, 256, 5000, len(good) - 1):
-        path.write_bytes(good[:size])
-        with pytest.raises(CorruptLayerError):
-            read_everything(path, name)
-    path.write_bytes(good + b"x")
-    with pytest.raises(CorruptLayerError, match="bytes instead of"):
-        read_everything(path, name)
-    # Two blocks of one size change places: each is whole, neither is where it belongs.
-    block = 8192 + 16
-    first, second = good[256 : 256 + block], good[256 + block : 256 + 2 * block]
-    path.write_bytes(good[:256] + second + first + good[256 + 2 * block :])
-    with pytest.raises(CorruptLayerError, match="offset 256: checksum"):
-        read_everything(path, name)
-    path.write_bytes(good)
-    with pytest.raises(CorruptLayerError, match="another timeline"):
-        list(LayerFile(path, name, TENANT, b"c" * 16).entries())
-    other = path.with_name(str(LayerName.l0_delta(2, 100)))
-    path.rename(other)
-    with pytest.raises(CorruptLayerError, match="another name"):
-        list(LayerFile(other, LayerName.l0_delta(2, 100), TENANT, TIMELINE).entries())
-    with pytest.raises(FileNotFoundError):
-        list(layer.entries())
+@pytest.mark.parametrize("compress", [False, True])
+def test_writer_goes_through_files(tmp_path: Path, compress: bool) -> None:
+    files = RecordingFiles()
+    write_frozen_layer(tmp_path, files, compress)
+    content = (tmp_path / "temp").read_bytes()
+    assert len(decode(content).entries) == 3000
+    steps = [call[0] for call in files.calls]
+    writes = steps.count("write")
+    assert writes > 6
+    assert steps == ["create", *["write"] * writes, "fsync", "close"]
+    assert {call[1] for call in files.calls[:-1]} == {"temp"}
+    end = 0
+    for _, _, offset, data in files.calls[1:writes]:
+        assert offset == end
+        assert content[max(offset, 256) : offset + len(data)] == data[256 if not offset else 0 :]
+        end += len(data)
+    assert end == len(content)
+    # Nothing looks like a layer before all the rest is written.
+    assert files.calls[1][3][:256] == bytes(256)
+    assert files.calls[writes][2:] == (0, content[:256])
+    (tmp_path / "temp").unlink()
+    write_frozen_layer(tmp_path, FILES, compress)
+    assert (tmp_path / "temp").read_bytes() == content
 
 
-def test_a_bad_block_hurts_only_its_values(tmp_path: Path) -> None:
-    layer = write(tmp_path, [(key(i), 8, 1, bytes([i]) * 8192) for i in range(3)], 100)
-    path = Path(layer.path)
-    damaged = bytearray(path.read_bytes())
-    damaged[256 + 8208 + 100] ^= 1
-    path.write_bytes(damaged)
-    for number in (0, 2, 1):
-        batch = ReadBatch([key(number)])
-        if number == 1:
-            with pytest.raises(CorruptLayerError, match=r"offset 8464: checksum mismatch"):
-                layer.read(batch, 0, 1, 99, 0)
-        else:
-            layer.read(batch, 0, 1, 99, 0)
-            assert batch.image(0) == bytes([number]) * 8192
+def every_failure(work: Callable[[RecordingFiles], None]) -> int:
+    """Let every step of some work fail in turn; the number of steps."""
+    counted = RecordingFiles()
+    work(counted)
+    for step in range(len(counted.calls)):
+        with pytest.raises(OSError, match="no room"):
+            work(RecordingFiles(step))
+    return len(counted.calls)
+
+
+def test_writer_reports_every_failure(tmp_path: Path) -> None:
+    def work(files: RecordingFiles) -> None:
+        try:
+            write_frozen_layer(tmp_path, files, False)
+        except OSError:
+            assert list(tmp_path.iterdir()) == []
+            raise
+        (tmp_path / "temp").unlink()
+
+    assert every_failure(work) > 8
+    gc.collect()
+    assert open_descriptors(tmp_path) == 0
+
+
+def test_metadata_is_replaced_durably(tmp_path: Path) -> None:
+    path = tmp_path / "metadata"
+    old, new = (TimelineMetadata(lsn, 0, None, 0, 8, 8) for lsn in (8, 16))
+    write_metadata(path, old)
+    files = RecordingFiles()
+    write_metadata(path, new, files)
+    steps = [call[0] for call in files.calls]
+    assert steps == ["create", "write", "fsync", "close", "rename", "fsync_dir"]
+    assert path.read_bytes() == new.encode() == files.calls[1][3]
+
+    def work(files: RecordingFiles) -> None:
+        write_metadata(path, old)
+        try:
+            write_metadata(path, new, files)
+        except OSError:
+            renamed = files.calls[-1][0] == "fsync_dir"
+            assert path.read_bytes() == (new if renamed else old).encode()
+            assert [entry.name for entry in tmp_path.iterdir()] == ["metadata"]
+            raise
+
+    every_failure(work)
 
 
 def test_dump(tmp_path: Path) -> None:
-    layer = write(tmp_path, [(key(1), 8, 1, b"abc"), (key(1), 0x1_0000_0010, 4, b"d")])
+    entries = [(key(1), 8, 1, b"abc"), (key(1), 0x1_0000_0010, 4, b"d")]
+    layer = write_layer(tmp_path, entries)
     out = io.StringIO()
     dump_layer.dump(Path(layer.path), out, values=True)
     lines = out.getvalue().splitlines()
     assert lines[0] == f"delta layer of tenant {TENANT.hex()} timeline {TIMELINE.hex()}"
+    assert "2 entries of 1 keys" in out.getvalue()
+    assert "filter of 1 lines" in out.getvalue()
     assert lines[-2].endswith("1 0/8 kind 0 will_init 3 bytes 616263")
     assert lines[-1].endswith("1 1/10 kind 2 1 bytes 64")
+
+    name = LayerName.image(key(1), key(9), 8)
+    packed = write_layer(tmp_path, [(key(1), 8, 1, bytes(3000))], name, compress=True)
+    out = io.StringIO()
+    dump_layer.dump(Path(packed.path), out)
+    assert "zstd in 1 of 1 blocks of up to 16384 bytes" in out.getvalue()
+    assert "no filter" in out.getvalue()

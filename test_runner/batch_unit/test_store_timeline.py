@@ -1,18 +1,30 @@
-"""Timelines: reading through all layers and ancestors, waiting, freezing, crashes in every step."""
+"""Timelines: reading through all layers and ancestors, branching, positions, many of them."""
 
-import errno
-import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from batch_unit.store_support import (
+    BRANCH,
+    IMAGE,
+    INIT_RECORD,
+    MAIN,
+    RECORD,
+    TENANT,
+    append,
+    delete_range,
+    key,
+    new_timeline,
+    open_repository,
+    opened,
+    put,
+    running,
+    wait_until,
+    with_files,
+)
 
-from pageserver.layered_repository import metadata as metadata_file
 from pageserver.layered_repository.errors import (
-    CorruptLayerError,
-    CorruptMetadataError,
     InvalidBranchLsn,
     KeyNotFound,
     LsnNotReadable,
@@ -23,66 +35,19 @@ from pageserver.layered_repository.errors import (
     TimelineStopped,
     WaitLsnTimeout,
 )
-from pageserver.layered_repository.layer_name import LayerName
-from pageserver.layered_repository.layer_writer import LayerWriter
-from pageserver.layered_repository.metadata import TimelineMetadata
+from pageserver.layered_repository.files import Files
+from pageserver.layered_repository.layer_file import LayerFile
 from pageserver.layered_repository.reader import ReconstructInput
 from pageserver.layered_repository.repository import Repository
 from pageserver.layered_repository.settings import StoreSettings
-from pageserver.layered_repository.timeline import Timeline
-from zenith_utils import durable
-from zenith_utils.ids import TenantId, TimelineId
+from zenith_utils.ids import TimelineId
 from zenith_utils.lsn import Lsn
-
-IMAGE, RECORD, INIT_RECORD = 1, 2, 3
-TIMELINE_DIR = "pageserver.layered_repository.timeline_dir"
-TENANT = TenantId(b"t" * 16)
-MAIN = TimelineId(b"m" * 16)
-BRANCH = TimelineId(b"b" * 16)
-
-
-def key(number: int) -> bytes:
-    return number.to_bytes(18, "big")
-
-
-def append(needed: Sequence[ReconstructInput]) -> list[bytes]:
-    """Redo of the tests: a record is appended to the value."""
-    return [(item.base or b"") + b"".join(data for _, _, data in item.records) for item in needed]
-
-
-def open_repository(path: Path, **settings: float) -> Repository:
-    return Repository(path, TENANT, StoreSettings(**settings), append)  # type: ignore[arg-type]
 
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Iterator[Repository]:
-    repository = open_repository(tmp_path, flush_retry_interval=0.01)
-    yield repository
-    repository.shutdown(flush=False)
-
-
-def new_timeline(repository: Repository, timeline_id: TimelineId = MAIN) -> Timeline:
-    timeline = repository.create_timeline(timeline_id, initdb_lsn=16)
-    timeline.import_image_layer(16, [(key(i), b"i%d" % i) for i in range(10)], prev_lsn=8)
-    return timeline
-
-
-def put(timeline: Timeline, lsn: int, *values: tuple[int, int, bytes]) -> None:
-    with timeline.writer() as writer:
-        for number, flags, data in values:
-            writer.put(key(number), lsn, flags, data)
-        writer.advance(lsn, lsn - 8)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.001)
-
-
-def files(timeline: Timeline) -> list[str]:
-    return sorted(path.name for path in timeline.directory.path.iterdir())
+    with opened(tmp_path, flush_retry_interval=0.01) as repository:
+        yield repository
 
 
 # ---- reading
@@ -154,6 +119,37 @@ def test_redo_starts_from_the_cached_version(tmp_path: Path) -> None:
     repository.shutdown(flush=False)
 
 
+def test_a_deleted_range(repository: Repository) -> None:
+    """Gone in every layer it lies in, back with later puts, still there before, in branches too."""
+    timeline = new_timeline(repository)
+    before = repository.branch_timeline(BRANCH, ancestor_id=MAIN)
+    delete_range(timeline, 24, 2, 5)
+    put(timeline, 32, (3, IMAGE, b"again"))
+    after = repository.branch_timeline(TimelineId.generate(), ancestor_id=MAIN)
+    delete_range(after, 40, 0, 4)
+    timelines = (timeline, after, before)
+    for step in ("open", "frozen", "flushed"):
+        if step == "frozen":
+            for owner in timelines:
+                owner.freeze()
+        if step == "flushed":
+            for owner in timelines:
+                owner.flush()
+        expected = [b"i1", None, b"again", None, b"i5"]
+        assert timeline.get_vectored([key(i) for i in (1, 2, 3, 4, 5)], 32) == expected
+        assert timeline.get_vectored([key(2), key(3)], 24) == [None, None]
+        assert timeline.get_vectored([key(2), key(3)], 23) == [b"i2", b"i3"]
+        assert timeline.scan_keys(key(0), key(9), 32) == [key(i) for i in (0, 1, 3, 5, 6, 7, 8)]
+        assert after.scan_keys(key(0), key(9), 40) == [key(i) for i in (5, 6, 7, 8)]
+        assert after.get(key(3), 39) == b"again"
+        assert before.scan_keys(key(0), key(9), 40) == [key(i) for i in range(9)]
+        with pytest.raises(KeyNotFound):
+            after.get(key(3), 40)
+
+
+# ---- branches
+
+
 def test_branches_of_branches(repository: Repository) -> None:
     timeline = new_timeline(repository)
     put(timeline, 24, (1, RECORD, b"+main24"))
@@ -204,11 +200,157 @@ def test_branch_rules(repository: Repository) -> None:
         "less than timeline ancestor lsn 0/18$",
     ):
         repository.branch_timeline(TimelineId.generate(), ancestor_id=BRANCH, start_lsn=16)
-    timeline.latest_gc_cutoff_lsn = Lsn(32)
+    timeline.checkpoint()
+    timeline.publish_gc_cutoff(32)
     with pytest.raises(InvalidBranchLsn, match=r"^invalid branch start lsn$") as caught:
         repository.branch_timeline(TimelineId.generate(), ancestor_id=MAIN, start_lsn=24)
     assert "LSN 0/18 is earlier than latest GC horizon 0/20" in str(caught.value.__cause__)
     assert set(repository.timelines()) == {MAIN, BRANCH, newest.timeline_id}
+
+
+def test_detach(repository: Repository, tmp_path: Path) -> None:
+    timeline = new_timeline(repository)
+    branch = repository.branch_timeline(BRANCH, ancestor_id=MAIN)
+    put(branch, 24, (1, RECORD, b"+a"))
+    branch.checkpoint()
+    with pytest.raises(StoreError, match=f"ancestor of {BRANCH}"):
+        repository.detach_timeline(MAIN)
+    assert branch.get(key(1), 24) == b"i1+a"
+    view = branch.view
+    repository.detach_timeline(BRANCH)
+    # Its files are gone; one that was open still serves whoever is in it.
+    assert [entry[0] for layer in view.layers for entry in layer.entries()] == [key(1)]
+    repository.detach_timeline(MAIN)
+    for layer in timeline.view.layers:
+        layer.evict()
+    with pytest.raises(TimelineStopped):
+        timeline.get(key(1), 16)
+    assert repository.timelines() == []
+    assert list((tmp_path / "timelines").iterdir()) == []
+    with pytest.raises(TimelineNotFound):
+        repository.detach_timeline(MAIN)
+    with pytest.raises(TimelineNotFound):
+        repository.timeline(MAIN)
+    new_timeline(repository)
+
+
+def test_a_timeline_that_is_being_deleted_gets_no_branch(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timeline = new_timeline(repository)
+    real_detach = type(timeline).detach
+    refused: list[str] = []
+
+    def detach(self: object) -> None:
+        attempts: list[Callable[[], object]] = [
+            lambda: repository.branch_timeline(BRANCH, ancestor_id=MAIN),
+            lambda: repository.create_timeline(MAIN, initdb_lsn=16),
+            lambda: repository.timeline(MAIN),
+        ]
+        for attempt in attempts:
+            with pytest.raises((TimelineNotFound, TimelineExists)) as caught:
+                attempt()
+            refused.append(type(caught.value).__name__)
+        real_detach(timeline)
+
+    monkeypatch.setattr(type(timeline), "detach", detach)
+    repository.detach_timeline(MAIN)
+    assert refused == ["TimelineNotFound", "TimelineExists", "TimelineNotFound"]
+    assert repository.timelines() == []
+
+
+def test_a_branch_that_may_come_back_keeps_its_state(tmp_path: Path) -> None:
+    """As long as its deletion is not durable."""
+
+    class NoSync(Files):
+        on = False
+
+        def fsync_dir(self, path: str | Path) -> None:
+            if self.on:
+                raise OSError(5, "Input/output error")
+            super().fsync_dir(path)
+
+    disk = NoSync()
+    repository = open_repository(tmp_path, with_files(disk))
+    timeline = new_timeline(repository)
+    repository.branch_timeline(BRANCH, ancestor_id=MAIN)
+    disk.on = True
+    with pytest.raises(OSError, match="Input/output"):
+        repository.detach_timeline(BRANCH)
+    assert timeline.retain_points() == [16]
+    repository.shutdown(flush=False)
+
+
+def test_a_chain_of_branches_of_any_depth(
+    repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.fsync", lambda fd: None)  # thousands of them; no crash is tested
+    timeline = new_timeline(repository)
+    ancestor = MAIN
+    for number in range(1200):
+        child = repository.branch_timeline(
+            TimelineId(number.to_bytes(16, "big")), ancestor_id=ancestor
+        )
+        ancestor = child.timeline_id
+    repository.shutdown(flush=True)
+    second = open_repository(tmp_path)
+    assert second.timeline(ancestor).get(key(4), 16) == b"i4"
+    assert second.timeline(MAIN).get(key(4), 16) == timeline.get(key(4), 16)
+    second.shutdown(flush=True)
+
+
+def test_a_thousand_branches_cost_no_more_each_than_one(
+    repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither creating nor loading one looks at the others."""
+    monkeypatch.setattr("os.fsync", lambda fd: None)
+    new_timeline(repository)
+    read: list[TimelineId] = []
+    real_read = Repository.read_metadata
+
+    def read_metadata(self: Repository, timeline_id: TimelineId) -> object:
+        read.append(timeline_id)
+        return real_read(self, timeline_id)
+
+    monkeypatch.setattr(Repository, "read_metadata", read_metadata)
+    ids = [TimelineId(number.to_bytes(16, "big")) for number in range(1000)]
+    for timeline_id in ids:
+        repository.branch_timeline(timeline_id, ancestor_id=MAIN)
+    assert read == []
+    repository.shutdown(flush=True)
+
+    second = open_repository(tmp_path)
+    assert second.timeline(ids[500]).get(key(4), 16) == b"i4"
+    assert read == []
+    assert not second.is_loaded(ids[501])
+    # Garbage collection knows where the others begin, but does not load them.
+    second.gc(MAIN, choose_cutoff=lambda timeline: timeline.last_record_lsn)
+    assert len(read) == 999
+    second.detach_timeline(ids[501])
+    assert len(read) == 999
+    assert not second.is_loaded(ids[502])
+    second.shutdown(flush=True)
+
+
+def test_many_layers_are_loaded_without_opening_one(
+    repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timeline = new_timeline(repository)
+    for lsn in range(24, 24 + 8 * 100, 8):
+        put(timeline, lsn, (lsn % 10, RECORD, b"+"))
+        timeline.checkpoint()
+    sizes = {layer.name: layer.size for layer in timeline.view.layers}
+    repository.shutdown(flush=True)
+
+    def no_open(self: LayerFile) -> None:
+        raise AssertionError(f"{self.path} was opened")
+
+    second = open_repository(tmp_path)
+    loaded = second.timeline(MAIN)
+    assert {layer.name: layer.size for layer in loaded.view.layers} == sizes
+    assert all(size > 256 for size in sizes.values())
+    assert not any(layer.is_open for layer in loaded.view.layers)
+    second.shutdown(flush=True)
 
 
 # ---- positions
@@ -235,7 +377,7 @@ def test_wait_lsn(repository: Repository) -> None:
     threads = [threading.Thread(target=wait, args=(lsn,)) for lsn in (24, 20, 40)]
     for thread in threads:
         thread.start()
-    wait_until(lambda: timeline._waiting == 3)
+    wait_until(lambda: timeline.position.waiting == 3)
     put(timeline, 24)
     wait_until(lambda: len(results) == 2)
     assert sorted(results) == ["20 0/18", "24 0/18"]
@@ -254,102 +396,30 @@ def test_lsn_readable(repository: Repository) -> None:
         "requested at 0/8 gc cutoff 0/10$",
     ):
         timeline.check_lsn_readable(8)
+    with pytest.raises(LsnNotReadable), timeline.pin(8):
+        raise AssertionError("entered")
+    assert timeline.pins == {}
 
 
-# ---- writing
-
-
-def test_batches_are_atomic(repository: Repository) -> None:
+def test_below_the_branch_point_the_ancestors_cutoff_counts(repository: Repository) -> None:
     timeline = new_timeline(repository)
-    with timeline.writer() as writer:
-        writer.put(key(1), 24, IMAGE, b"a")
-        assert timeline.get(key(1), timeline.last_record_lsn) == b"i1"
-        writer.advance(24, 16)
-        assert timeline.get(key(1), 24) == b"a"
-        writer.put(key(1), 32, IMAGE, b"b")
-        writer.put(key(60), 32, IMAGE, b"b")
-        with pytest.raises(StoreError, match="batch"):
-            timeline.freeze()
-        with pytest.raises(StoreError, match="batch"), timeline.writer():
-            pass
-    with pytest.raises(ZeroDivisionError), timeline.writer() as writer:
-        writer.put(key(1), 32, IMAGE, b"c")
-        raise ZeroDivisionError
-    # Neither batch was finished: no trace of them, at any LSN, in memory or on disk.
-    put(timeline, 40, (2, IMAGE, b"d"))
-    for _ in range(2):
-        assert timeline.get_vectored([key(1), key(60), key(2)], 40) == [b"a", None, b"d"]
-        assert timeline.scan_keys(key(10), key(100), 1000) == []
-        timeline.checkpoint()
-    assert timeline.disk_consistent_lsn == 40
-
-
-def test_advance_checks(repository: Repository) -> None:
-    timeline = new_timeline(repository)
-    with timeline.writer() as writer:
-        with pytest.raises(ValueError, match="multiple of 8"):
-            writer.advance(25, 0)
-        with pytest.raises(ValueError, match="last_record_lsn is 0/10"):
-            writer.advance(8, 0)
-        writer.put(key(1), 32, IMAGE, b"")
-        with pytest.raises(ValueError, match="newest value is at 0/20"):
-            writer.advance(24, 0)
-        writer.advance(32, 24)
-        with pytest.raises(ValueError, match="not above"):
-            writer.put(key(1), 32, IMAGE, b"")
-    timeline.shutdown(flush=False)
-    with pytest.raises(TimelineStopped), timeline.writer():
-        pass
-
-
-def test_checkpoint_distance_and_back_pressure(tmp_path: Path) -> None:
-    repository = open_repository(tmp_path, checkpoint_distance=32, max_frozen_layers=2)
-    timeline = new_timeline(repository)
-    reached = []
-    with timeline._flusher._flush_lock:  # no flush gets through
-
-        def write() -> None:
-            for lsn in range(24, 24 + 8 * 20, 8):
-                put(timeline, lsn, (lsn, IMAGE, b"x"))
-                reached.append(lsn)
-
-        thread = threading.Thread(target=write)
-        thread.start()
-        wait_until(lambda: len(timeline.view.frozen) == 3 and timeline._waiting == 1)
-        assert len(reached) == 11
-        assert timeline.disk_consistent_lsn == 16
-    thread.join(10)
-    assert len(reached) == 20
-    wait_until(lambda: timeline.disk_consistent_lsn == timeline.last_record_lsn)
-    assert timeline.get(key(24), 176) == b"x"
-    assert len(files(timeline)) == 2 + 5
-    repository.shutdown(flush=True)
-
-
-def test_the_flush_goes_on_when_the_disk_has_room_again(
-    repository: Repository, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    timeline = new_timeline(repository)
-    put(timeline, 24, (1, RECORD, b"+a"))
-    full = threading.Event()
-    full.set()
-    failed = threading.Event()
-
-    def fsync_dir(path: Path) -> None:
-        if full.is_set():
-            failed.set()
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        durable.fsync_dir(path)
-
-    monkeypatch.setattr(f"{TIMELINE_DIR}.fsync_dir", fsync_dir)
-    with pytest.raises(OSError, match="No space left"):
-        timeline.checkpoint()
-    assert failed.wait(10)
-    assert timeline.disk_consistent_lsn == 16
-    assert timeline.get(key(1), 24) == b"i1+a"
-    full.clear()
-    wait_until(lambda: timeline.disk_consistent_lsn == 24)
-    assert timeline.get(key(1), 24) == b"i1+a"
+    for lsn in (24, 32, 40):
+        put(timeline, lsn)
+    branch = repository.branch_timeline(BRANCH, ancestor_id=MAIN, start_lsn=32)
+    leaf = repository.branch_timeline(TimelineId.generate(), ancestor_id=BRANCH)
+    with leaf.pin(24):
+        # The history it reads is that of the root; a collection there must know.
+        assert timeline.retain_points() == [32, 24]
+        assert leaf.retain_points() == []
+    timeline.checkpoint()
+    timeline.publish_gc_cutoff(40)
+    for owner in (branch, leaf):
+        owner.check_lsn_readable(32)
+        with pytest.raises(LsnNotReadable, match="requested at 0/18 gc cutoff 0/28"):
+            owner.check_lsn_readable(24)
+    assert timeline.latest_gc_cutoff_lsn == Lsn(40)
+    timeline.publish_gc_cutoff(24)
+    assert timeline.latest_gc_cutoff_lsn == 40
 
 
 def test_readers_beside_writer_and_flush(tmp_path: Path) -> None:
@@ -368,235 +438,11 @@ def test_readers_beside_writer_and_flush(tmp_path: Path) -> None:
                 ):
                     failures.append(f"{i} at {lsn}: {value!r}")
 
-    threads = [threading.Thread(target=read) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for lsn in range(24, 24 + 8 * 400, 8):
-        put(timeline, lsn, (lsn % 10, RECORD, b"+%d" % lsn))
-    timeline.checkpoint()
-    done.set()
-    for thread in threads:
-        thread.join(10)
+    with running(read, read, read):
+        for lsn in range(24, 24 + 8 * 400, 8):
+            put(timeline, lsn, (lsn % 10, RECORD, b"+%d" % lsn))
+        timeline.checkpoint()
+        done.set()
     assert failures == []
     assert len(timeline.view.layers) > 5
     repository.shutdown(flush=True)
-
-
-# ---- restart and damage
-
-
-def test_restart_goes_on_at_disk_consistent_lsn(repository: Repository, tmp_path: Path) -> None:
-    timeline = new_timeline(repository)
-    put(timeline, 24, (1, RECORD, b"+a"))
-    timeline.checkpoint()
-    put(timeline, 32, (1, RECORD, b"+b"))
-    branch = repository.branch_timeline(BRANCH, ancestor_id=MAIN)
-    put(branch, 40, (1, RECORD, b"+c"))
-    repository.shutdown(flush=False)
-
-    second = open_repository(tmp_path, wait_lsn_timeout=0.01)
-    assert not second.is_loaded(MAIN)
-    assert second.read_metadata(BRANCH).ancestor_lsn == 32
-    branch = second.timeline(BRANCH)
-    timeline = second.timeline(MAIN)
-    assert branch.ancestor is timeline
-    assert (timeline.last_record, branch.last_record) == ((24, 16), (32, 24))
-    assert timeline.get(key(1), 24) == b"i1+a"
-    # The branch point's WAL is not back yet: no answer is better than a wrong one.
-    with pytest.raises(WaitLsnTimeout):
-        branch.get(key(1), 32)
-    put(timeline, 32, (1, RECORD, b"+b"))
-    assert branch.get(key(1), 32) == b"i1+a+b"
-    put(branch, 40, (1, RECORD, b"+d"))
-    second.shutdown(flush=True)
-
-    third = open_repository(tmp_path)
-    assert third.timeline(BRANCH).get(key(1), 40) == b"i1+a+b+d"
-    assert third.timeline(MAIN).last_record == (32, 24)
-    assert third.timelines() == sorted([MAIN, BRANCH])
-    third.shutdown(flush=True)
-
-
-def test_a_crash_in_the_import_leaves_nothing(tmp_path: Path) -> None:
-    def items() -> Iterator[tuple[bytes, bytes]]:
-        yield key(1), b"x"
-        during = sorted(path.name for path in (tmp_path / "timelines").iterdir())
-        shutil.copytree(tmp_path, tmp_path.with_name("crashed"))
-        assert str(MAIN) not in during
-        raise ZeroDivisionError
-
-    repository = open_repository(tmp_path)
-    timeline = repository.create_timeline(MAIN, initdb_lsn=16)
-    with pytest.raises(ZeroDivisionError):
-        timeline.import_image_layer(16, items())
-    assert list((tmp_path / "timelines").iterdir()) == []
-    assert timeline.last_record_lsn == 0
-    timeline.import_image_layer(16, [(key(1), b"y")])
-    assert timeline.get(key(1), 16) == b"y"
-    with pytest.raises(ValueError, match="not empty"):
-        timeline.import_image_layer(16, [(key(1), b"y")])
-    crashed = open_repository(tmp_path.with_name("crashed"))
-    assert crashed.timelines() == []
-    assert list((tmp_path.with_name("crashed") / "timelines").iterdir()) == []
-    shutil.rmtree(tmp_path.with_name("crashed"))
-
-
-def test_a_crash_between_the_steps_of_a_flush(
-    repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    timeline = new_timeline(repository)
-    put(timeline, 24, (1, RECORD, b"+a"))
-    timeline.checkpoint()
-    put(timeline, 32, (1, RECORD, b"+b"))
-    real_rename = Path.rename
-    states: list[Path] = []
-
-    def snapshot() -> None:
-        states.append(tmp_path / f"crash{len(states)}")
-        shutil.copytree(tmp_path / "timelines", states[-1] / "timelines")
-
-    class Writer(LayerWriter):
-        def finish(self, name: LayerName) -> None:
-            snapshot()  # values partly written, under the temporary name
-            super().finish(name)
-            snapshot()
-
-    def rename(path: Path, target: Path) -> Path:
-        result = real_rename(path, target)
-        snapshot()
-        return result
-
-    def write_metadata(path: Path, metadata: TimelineMetadata) -> None:
-        snapshot()
-        metadata_file.write_metadata(path, metadata)
-        snapshot()
-
-    with monkeypatch.context() as patch:
-        patch.setattr(f"{TIMELINE_DIR}.LayerWriter", Writer)
-        patch.setattr(Path, "rename", rename)
-        patch.setattr(f"{TIMELINE_DIR}.write_metadata", write_metadata)
-        timeline.checkpoint()
-    assert len(states) == 5
-    for number, state in enumerate(states):
-        restarted = open_repository(state)
-        main = restarted.timeline(MAIN)
-        last = 32 if number == 4 else 24
-        assert (main.last_record_lsn, main.disk_consistent_lsn) == (last, last)
-        assert main.get(key(1), last) == (b"i1+a+b" if number == 4 else b"i1+a")
-        assert not any("temp" in name for name in files(main))
-        assert sum(name.endswith(".old") for name in files(main)) == (number in (2, 3))
-        put(main, last + 8, (1, RECORD, b"+c"))
-        main.checkpoint()
-        restarted.shutdown(flush=True)
-        again = open_repository(state)
-        assert again.timeline(MAIN).get(key(1), 1000) == (b"i1+a+b+c" if number == 4 else b"i1+a+c")
-        again.shutdown(flush=True)
-
-
-def test_damage_of_one_timeline_leaves_the_others(repository: Repository, tmp_path: Path) -> None:
-    new_timeline(repository)
-    other = new_timeline(repository, BRANCH)
-    put(other, 24, (1, RECORD, b"+a"))
-    repository.shutdown(flush=True)
-    layer = next(p for p in other.directory.path.iterdir() if p.name.endswith("-0000000000000019"))
-    damaged = bytearray(layer.read_bytes())
-    damaged[260] ^= 4
-    layer.write_bytes(damaged)
-    second = open_repository(tmp_path)
-    with pytest.raises(CorruptLayerError, match=rf"{layer.name}: corrupt at offset 256"):
-        second.timeline(BRANCH).get(key(1), 24)
-    assert second.timeline(BRANCH).get(key(1), 23) == b"i1"
-    assert second.timeline(MAIN).get(key(1), 16) == b"i1"
-    second.shutdown(flush=True)
-
-    metadata = other.directory.path / "metadata"
-    good = metadata.read_bytes()
-    assert len(good) == 512
-    for place in range(512):
-        damaged = bytearray(good)
-        damaged[place] ^= 1 << place % 8
-        metadata.write_bytes(damaged)
-        with pytest.raises(CorruptMetadataError, match=str(metadata)):
-            open_repository(tmp_path).timeline(BRANCH)
-    metadata.unlink()
-    with pytest.raises(FileNotFoundError):
-        open_repository(tmp_path).timeline(BRANCH)
-    assert open_repository(tmp_path).timeline(MAIN).get(key(1), 16) == b"i1"
-
-
-def test_detach(repository: Repository, tmp_path: Path) -> None:
-    new_timeline(repository)
-    repository.branch_timeline(BRANCH, ancestor_id=MAIN)
-    with pytest.raises(StoreError, match=f"ancestor of {BRANCH}"):
-        repository.detach_timeline(MAIN)
-    repository.detach_timeline(BRANCH)
-    repository.detach_timeline(MAIN)
-    assert repository.timelines() == []
-    assert list((tmp_path / "timelines").iterdir()) == []
-    with pytest.raises(TimelineNotFound):
-        repository.detach_timeline(MAIN)
-    new_timeline(repository)
-
-
-def test_compacted_layers_are_read(repository: Repository, tmp_path: Path) -> None:
-    """Image layers and deltas of key ranges, as compaction leaves them, beside the L0 deltas."""
-    timeline = new_timeline(repository)
-    for lsn in range(24, 72, 8):
-        put(timeline, lsn, (1, RECORD, b"+%d" % lsn), (7, RECORD, b"+%d" % lsn))
-    branch = repository.branch_timeline(BRANCH, ancestor_id=MAIN)
-    put(branch, 72, (1, RECORD, b"+72"), (3, RECORD, b"+72"))
-    repository.shutdown(flush=True)
-
-    def add_layer(owner: Timeline, name: LayerName, *entries: tuple[int, int, int, bytes]) -> None:
-        path = owner.directory.path / str(name)
-        writer = LayerWriter(path, TENANT.raw, owner.timeline_id.raw)
-        for number, lsn, flags, data in entries:
-            writer.add(key(number), lsn, flags, data)
-        writer.finish(name)
-
-    # An image within the LSN range of the L0 delta, without key 4: it was deleted.
-    image = LayerName.image(key(0), key(5), 48)
-    add_layer(timeline, image, (1, 48, IMAGE, b"at48"), (2, 48, IMAGE, b"at48"))
-    # A delta with the same changes of one key as the L0 delta.
-    delta = LayerName.delta(key(7), key(8), 17, 65)
-    add_layer(timeline, delta, *((7, lsn, RECORD, b"+%d" % lsn) for lsn in range(24, 72, 8)))
-    # In the branch too: what the image leaves out is not looked for in the ancestor.
-    add_layer(branch, LayerName.image(key(2), key(4), 72), (3, 72, IMAGE, b"at72"))
-
-    second = open_repository(tmp_path, page_cache_size=0)
-    timeline = second.timeline(MAIN)
-    assert timeline.get(key(1), 40) == b"i1+24+32+40"
-    assert timeline.get(key(1), 48) == b"at48"
-    assert timeline.get(key(1), 56) == b"at48+56"
-    assert timeline.get(key(7), 64) == b"i7+24+32+40+48+56+64"
-    assert timeline.get_vectored([key(4), key(2), key(6)], 64) == [None, b"at48", b"i6"]
-    assert timeline.get(key(4), 47) == b"i4"
-    assert timeline.scan_keys(key(0), key(100), 64) == [key(i) for i in (1, 2, 5, 6, 7, 8, 9)]
-    assert timeline.scan_keys(key(0), key(100), 47) == [key(i) for i in range(10)]
-    branch = second.timeline(BRANCH)
-    assert branch.get_vectored([key(i) for i in (1, 2, 3, 4)], 72) == [
-        b"at48+56+64+72",
-        None,
-        b"at72",
-        None,
-    ]
-    assert branch.scan_keys(key(0), key(100), 72) == [key(i) for i in (1, 3, 5, 6, 7, 8, 9)]
-    second.shutdown(flush=True)
-
-
-def test_a_chain_of_branches_of_any_depth(
-    repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("os.fsync", lambda fd: None)  # thousands of them; no crash is tested
-    timeline = new_timeline(repository)
-    ancestor = MAIN
-    for number in range(1200):
-        child = repository.branch_timeline(
-            TimelineId(number.to_bytes(16, "big")), ancestor_id=ancestor
-        )
-        ancestor = child.timeline_id
-    repository.shutdown(flush=True)
-    second = open_repository(tmp_path)
-    assert second.timeline(ancestor).get(key(4), 16) == b"i4"
-    assert second.timeline(MAIN).get(key(4), 16) == timeline.get(key(4), 16)
-    second.shutdown(flush=True)
