@@ -56,15 +56,14 @@ def dump(path: Path, out: TextIO, *, values: bool = False) -> None:
 
 
 def _statistics(stats: LayerStats, header: dict[str, int]) -> list[str]:
-    stored, index = header["stored_bytes"], header["packed_index_bytes"]
+    stored = header["stored_bytes"]
     codec = _CODECS[header["codec"]]
     return [
         f"{stats.size} bytes: {stats.entries} entries of {stats.keys} keys",
         f"values: {stats.value_bytes} bytes in {stored} ({_ratio(stats.value_bytes, stored)}), "
         f"{codec} in {stats.packed_blocks} of {stats.value_blocks} blocks "
         f"of up to {header['block_target']} bytes",
-        f"index: {stats.leaves} leaves, {header['index_bytes']} bytes in {index} "
-        f"({_ratio(header['index_bytes'], index)})",
+        f"index: {stats.leaves} leaves, {header['index_bytes']} bytes",
         f"filter of {stats.filter_lines} lines" if stats.filter_lines else "no filter",
     ]
 

@@ -230,7 +230,7 @@ cdef class LayerFile:
     def describe(self):
         """What the header says of sizes and counts, by name.
 
-        stored_bytes: value blocks with their headers; packed_index_bytes: leaves likewise;
+        stored_bytes: value blocks with their headers; index_bytes: leaves without theirs;
         block_target: bytes of values after which a block ends; codec: 0 none, 1 zstd.
         """
         cdef OpenLayer opened = self.open()
@@ -242,7 +242,6 @@ cdef class LayerFile:
             "stored_bytes": opened.leaf_offset - HEADER_SIZE,
             "leaves": opened.n_fences,
             "index_bytes": opened.index_bytes,
-            "packed_index_bytes": opened.leaf_end - opened.leaf_offset,
             "filter_lines": opened.filter_lines,
             "codec": opened.codec,
             "block_target": opened.block_target,

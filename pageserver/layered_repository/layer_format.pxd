@@ -16,11 +16,12 @@ stay where they are in every version.
 Block: 0 u32 CRC-32C of its offset in the file (u64), the rest of this header and the payload as
 stored; 4 u32 size of the payload as stored; 8 u32 its size uncompressed; 12 u8 kind; 13 u8 codec
 (0: none, 1: one zstd frame); 14 zeros. The offset in the checksum finds a block that was written to
-the wrong place. With a codec value blocks and leaves are compressed, each by itself, where that
-makes them smaller.
+the wrong place. With a codec value blocks are compressed, each by itself, where that makes them
+smaller. A reader takes any block with any codec, but leaves are written plain: every lookup needs
+one.
 
 Value block: values end to end, in the order of their entries. A value never spans blocks: a block
-ends before it passes the target (16 kB with a codec, 4 kB without), and a longer value has one of
+ends before it passes the target (8 kB with a codec, 4 kB without), and a longer value has one of
 its own.
 
 Leaf: up to 128 entries sorted by key and LSN, of one width. u16 count; u8 length p of the prefix
@@ -34,10 +35,12 @@ Filter, in deltas over all keys: a blocked Bloom filter of all keys, see key_fil
 Root: u32 count, u32 zero, then for each leaf its first key (18), first LSN (u64 big-endian), offset
 in the file (u64) and offset of the block of its first value (u64). Leaves lie back to back.
 
-The size of the value blocks was measured: heap pages of 8 kB shrink by a factor of 9.7 one by one,
-11.2 in blocks of 16 kB, 11.7 in 32 kB; WAL records of 60 to 300 bytes by 2.5, 2.6 and 2.6, while
-the time to decompress a block for one value is 6, 9 and 13 us (records: 12, 20, 29). Without a
-codec a smaller block only saves time: its bytes are copied and summed up for one value.
+Sizes were measured: heap pages of 8 kB shrink by a factor of 9.7 one by one, 11.2 in blocks of
+16 kB, 11.7 in 32 kB; WAL records of 60 to 300 bytes by 2.5, 2.6 and 2.6, while the time to
+decompress a block for one value is 6, 9 and 13 us (records: 12, 20, 29). With blocks of 8 kB and
+plain leaves a get takes half the time that it takes with 16 kB and packed leaves, for a tenth more
+space. Without a codec a smaller block only saves time: its bytes are copied and summed up for one
+value.
 """
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
@@ -58,7 +61,7 @@ cdef enum:
 
     BLOCK_HEADER = 16
     PLAIN_TARGET = 4096
-    PACKED_TARGET = 16384
+    PACKED_TARGET = 8192
     MAX_VALUE_SIZE = 1 << 30
     BLOCK_VALUES = 1
     BLOCK_LEAF = 2

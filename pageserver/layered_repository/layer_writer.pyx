@@ -447,19 +447,13 @@ cdef class LayerWriter:
         return 0
 
     cdef int _store_leaf(self, uint32_t size) noexcept nogil:
-        """Append the leaf that was encoded to the index, compressed if that makes it smaller."""
+        """Append the leaf that was encoded to the index."""
         cdef uint8_t *p = grow(&self.index, BLOCK_HEADER + size, 1 << 16)
-        cdef uint32_t stored = 0
         if p == NULL:
             return ENOMEM
-        if self.compressor != NULL:
-            stored = <uint32_t> zstd_compress(self.compressor, p + BLOCK_HEADER, size - 1,
-                                              self.leaf, size, ZSTD_LEVEL)
-        if stored == 0:
-            memcpy(p + BLOCK_HEADER, self.leaf, size)
-        block_header(p, BLOCK_LEAF, CODEC_ZSTD if stored else CODEC_NONE,
-                     stored if stored else size, size)
-        self.index.used += BLOCK_HEADER + (stored if stored else size)
+        memcpy(p + BLOCK_HEADER, self.leaf, size)
+        block_header(p, BLOCK_LEAF, CODEC_NONE, size, size)
+        self.index.used += BLOCK_HEADER + size
         self.index_bytes += size
         return 0
 

@@ -37,6 +37,8 @@ cdef enum:
     KEYS_PER_WALK = 1024      # bounds the memory of a read of very many keys
     FEW_KEYS = 16             # so many may be asked of a layer's filter with the GIL held
     VALUES_PER_TURN = 32      # then other threads get a chance to run
+    MAX_KEPT_IMAGES = 16      # keys of a read that is none of many keys, see get_vectored
+    MIN_KEPT_IMAGE = 1024     # bytes; less is not worth its place in the page cache
 
 
 @cython.final
@@ -88,6 +90,7 @@ def get(object timeline not None, bytes key not None, uint64_t lsn):
             break
     value = value_of(batch, 0, cached, lsn, needed)
     if value is not None:
+        keep_image(timeline, key, batch, 0, value)
         return value
     if not needed:
         raise KeyNotFound(
@@ -101,8 +104,9 @@ def get_vectored(object timeline not None, object keys not None, uint64_t lsn, *
                  bint cache=True):
     """The values of many keys; see Timeline.get_vectored.
 
-    With `cache` False what has to be reconstructed is not kept in the page cache. More than 1024
-    keys are read in several walks.
+    With `cache` what has to be reconstructed is kept in the page cache, and so are the images of a
+    few keys; many at once are a scan, which would drive out the rest. More than 1024 keys are read
+    in several walks.
     """
     cdef Py_ssize_t start, count = len(keys)
     cdef list values = []
@@ -142,9 +146,12 @@ cdef list read_ascending(object timeline, object keys, ReadBatch batch, uint64_t
             break
         batch = ReadBatch.__new__(ReadBatch, keys)
     for i in range(batch.count):
-        values.append(value_of(batch, i, cached[i], lsn, needed))
+        value = value_of(batch, i, cached[i], lsn, needed)
+        values.append(value)
         if len(needed) > len(places):
             places.append(i)
+        elif cache and batch.count <= MAX_KEPT_IMAGES and value is not None:
+            keep_image(timeline, keys[i], batch, i, value)
         if i % VALUES_PER_TURN == 0:
             let_others_run()
     batch = None
@@ -182,6 +189,14 @@ cdef object value_of(ReadBatch batch, int i, tuple cached, uint64_t lsn, list ne
         base = cached[1]
     needed.append(ReconstructInput(key_bytes(&query.key), newest.lsn, base, records))
     return None
+
+
+cdef int keep_image(object timeline, bytes key, ReadBatch batch, int i, bytes value) except -1:
+    """Put a page that a layer has as an image in the page cache: it may have been compressed."""
+    cdef Query *query = &batch.queries[i]
+    if query.newest >= 0 and len(value) >= MIN_KEPT_IMAGE:
+        timeline.cache(key, batch.found[query.newest].lsn, value)
+    return 0
 
 
 cdef list reconstruct(object timeline, list needed, bint cache):
@@ -324,12 +339,14 @@ cdef int collect_span(LayerMap layers, ReadBatch batch, Span span, Span *spans,
         item = choose(image, delta, l0, span.upper, &floor)
         if item is None:
             return 0
-        collect_in_file(<LayerFile?> item.layer, batch, span, floor)
         if item is image:
             # It holds every key of its range that exists: nothing older counts.
             batch.close_at(span.first, span.last, floor)
-            batch.close(span.first, span.last)
+            if batch.any_pending(span.first, span.last):
+                collect_in_file(<LayerFile?> item.layer, batch, span, floor)
+                batch.close(span.first, span.last)
             return 0
+        collect_in_file(<LayerFile?> item.layer, batch, span, floor)
         span.upper = floor - 1
         batch.close_at(span.first, span.last, span.upper)
         if span.upper == 0 or not batch.any_pending(span.first, span.last):

@@ -90,7 +90,7 @@ def decode(data: bytes) -> Decoded:
     """Everything in a layer file; asserts whatever its description promises."""
     assert data[:8] == b"ZNTHLAYR"
     version, kind, codec, target = struct.unpack_from("<HBBI", data, 8)
-    assert (version, target) == (2, 16384 if codec else 4096)
+    assert (version, target) == (2, 8192 if codec else 4096)
     assert kind in (1, 2) and codec in (0, 1)
     assert data[:HEADER] == seal_header(data[:HEADER])
     assert data[16:48] == TENANT + TIMELINE

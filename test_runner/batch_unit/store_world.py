@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import pytest
@@ -30,7 +33,7 @@ from pageserver.layered_repository.verify_repository import verify
 from zenith_utils.ids import TimelineId
 
 KEYS = [key(i) for i in range(12)]
-# Everything is due early, and files are small. The background flush does not try twice.
+# Everything is due early, files are small, and waits are short.
 SETTINGS = StoreSettings(
     checkpoint_distance=1 << 20,
     flush_retry_interval=0.01,
@@ -39,7 +42,7 @@ SETTINGS = StoreSettings(
     compaction_threshold=2,
     compaction_target_size=1200,
     image_creation_threshold=2,
-    image_part_keys=6,
+    image_part_keys=4,
     compress_layers=False,
 )
 
@@ -346,6 +349,16 @@ class World:
         return lsn >= history.start_lsn or (
             history.ancestor is not None and self._readable(history.ancestor, lsn)
         )
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A directory for many small stores, in memory if there is such a file system."""
+    memory = Path("/dev/shm")
+    with TemporaryDirectory(
+        prefix="zenith-store-", dir=memory if os.access(memory, os.W_OK) else None
+    ) as path:
+        yield Path(path)
 
 
 def check_offline(path: Path) -> None:

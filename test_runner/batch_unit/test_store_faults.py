@@ -16,7 +16,15 @@ import pytest
 from batch_unit.power_loss import Disk, RecordingFiles, write_tree
 from batch_unit.store_scenarios import SCENARIOS
 from batch_unit.store_support import BRANCH, IMPORT_LSN, MAIN, wait_until
-from batch_unit.store_world import KEYS, SETTINGS, History, UnsyncedFiles, World, check_offline
+from batch_unit.store_world import (
+    KEYS,
+    SETTINGS,
+    History,
+    UnsyncedFiles,
+    World,
+    check_offline,
+    scratch,
+)
 
 from pageserver.background import BackgroundThread
 from pageserver.layered_repository import compaction_plan
@@ -168,15 +176,16 @@ def check_afterwards(
 
 @pytest.mark.parametrize("lasting", [False, True], ids=["once", "lasting"])
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_an_error_at_any_step(tmp_path: Path, name: str, lasting: bool) -> None:
-    for at in itertools.count(1):
-        try:
-            if not run_with_fault(tmp_path / str(at), name, Fault(at, lasting)):
-                break
-        except BaseException as error:
-            error.add_note(f"step {at} failed")
-            raise
-    assert at > 5
+def test_an_error_at_any_step(name: str, lasting: bool) -> None:
+    with scratch() as path:
+        for at in itertools.count(1):
+            try:
+                if not run_with_fault(path / str(at), name, Fault(at, lasting)):
+                    break
+            except BaseException as error:
+                error.add_note(f"step {at} failed")
+                raise
+        assert at > 5
 
 
 def test_writing_goes_on_until_the_disk_has_room_again(tmp_path: Path) -> None:

@@ -415,5 +415,5 @@ def test_dump(tmp_path: Path) -> None:
     packed = write_layer(tmp_path, [(key(1), 8, 1, bytes(3000))], name, compress=True)
     out = io.StringIO()
     dump_layer.dump(Path(packed.path), out)
-    assert "zstd in 1 of 1 blocks of up to 16384 bytes" in out.getvalue()
+    assert "zstd in 1 of 1 blocks of up to 8192 bytes" in out.getvalue()
     assert "no filter" in out.getvalue()

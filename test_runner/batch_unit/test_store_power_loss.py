@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from batch_unit.power_loss import Disk, Operation, RecordingFiles, Remove, Rename, Tree, write_tree
 from batch_unit.store_scenarios import SCENARIOS
-from batch_unit.store_world import History, Promises, UnsyncedFiles, World, check_offline
+from batch_unit.store_world import History, Promises, UnsyncedFiles, World, check_offline, scratch
 
 from pageserver.layered_repository import compaction_plan
 from zenith_utils.ids import TimelineId
@@ -215,15 +215,22 @@ def little_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compaction_plan, "MIN_GARBAGE", 200)
 
 
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """For the stores."""
+    with scratch() as path:
+        yield path
+
+
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_a_power_failure_after_any_step(tmp_path: Path, name: str) -> None:
-    recording = record(tmp_path / "recorded", name)
-    sweep = Sweep(tmp_path, recording.world.histories)
+def test_a_power_failure_after_any_step(directory: Path, name: str) -> None:
+    recording = record(directory / "recorded", name)
+    sweep = Sweep(directory, recording.world.histories)
     sweep.failures(recording, restarts=1)
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_a_process_killed_before_the_power_failure(tmp_path: Path, name: str) -> None:
+def test_a_process_killed_before_the_power_failure(directory: Path, name: str) -> None:
     """What a process finds after a start is not durable yet if the last one had not synced it."""
 
     def work(world: World) -> None:
@@ -232,5 +239,5 @@ def test_a_process_killed_before_the_power_failure(tmp_path: Path, name: str) ->
             cutoff = world.timeline(timeline_id).latest_gc_cutoff_lsn
             world.collect(cutoff, timeline_id)
 
-    recording = record(tmp_path / "recorded", name)
-    Sweep(tmp_path, recording.world.histories).kills(recording, work)
+    recording = record(directory / "recorded", name)
+    Sweep(directory, recording.world.histories).kills(recording, work)
