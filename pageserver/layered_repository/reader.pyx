@@ -192,7 +192,7 @@ cdef object value_of(ReadBatch batch, int i, tuple cached, uint64_t lsn, list ne
 
 
 cdef int keep_image(object timeline, bytes key, ReadBatch batch, int i, bytes value) except -1:
-    """Put a page that a layer has as an image in the page cache: it may have been compressed."""
+    """Put a page that a layer has as an image in the page cache: it may be compressed there."""
     cdef Query *query = &batch.queries[i]
     if query.newest >= 0 and len(value) >= MIN_KEPT_IMAGE:
         timeline.cache(key, batch.found[query.newest].lsn, value)
