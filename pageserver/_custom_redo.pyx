@@ -6,9 +6,8 @@ access/multixact.c, whose redo all this repeats. Only SET_VM has an effect on th
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from postgres_ffi.unaligned cimport get32
-
 from zenith_utils.lsn import lsn_text
+from zenith_utils.unaligned cimport get32, put16, put32
 
 cdef enum:
     BLCKSZ = 8192
@@ -27,14 +26,6 @@ cdef enum:
     OFFSETS_PER_PAGE = 2048
     MEMBERS_PER_PAGE = 1636
     MEMBER_GROUP_SIZE = 20
-
-
-cdef inline void put16(uint8_t *p, uint16_t v) noexcept nogil:
-    memcpy(p, &v, 2)
-
-
-cdef inline void put32(uint8_t *p, uint32_t v) noexcept nogil:
-    memcpy(p, &v, 4)
 
 
 cdef int _clear_vm(uint8_t *page, const uint8_t *data, Py_ssize_t size) noexcept:

@@ -22,9 +22,9 @@ from pageserver.native_keys cimport (
 from pageserver.record_effects cimport BAD_BLKNO, DUPLICATE_BLOCK, Effects, classify
 from pageserver.size_table cimport (
     ABSENT, KIND_DATABASE, KIND_RELATION, KIND_SLRU, SizeEntry, SizeTable)
-from postgres_ffi.unaligned cimport get16, get32
 from postgres_ffi.wal_decoder cimport WAL_NEED_INPUT, WAL_RECORD, WalDecoder
 from postgres_ffi.wal_record cimport BlockRef, Record, restore_image_raw
+from zenith_utils.unaligned cimport get16, get32, put32
 
 from pageserver.record_effects import refusal_text
 from postgres_ffi.decoded_record import DecodedRecord
@@ -66,10 +66,6 @@ NEED_DATABASE = _NEED_DATABASE
 NEED_HANDLER = _NEED_HANDLER
 BAD_WAL = _BAD_WAL
 BAD_RECORD = _BAD_RECORD
-
-
-cdef inline void put32(uint8_t *p, uint32_t v) noexcept nogil:
-    memcpy(p, &v, 4)
 
 
 cdef inline bint precedes(uint32_t a, uint32_t b) noexcept nogil:

@@ -6,7 +6,7 @@ catalog/storage_xlog.h. Whatever is not known to be harmless is refused.
 from libc.stdint cimport int64_t, uint8_t, uint32_t
 from libc.string cimport memcpy
 
-from postgres_ffi.unaligned cimport get32, get64
+from zenith_utils.unaligned cimport get32, get64
 from postgres_ffi.wal_record cimport Record
 
 cdef enum:

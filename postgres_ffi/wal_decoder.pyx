@@ -11,7 +11,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memmove
 
-from postgres_ffi.unaligned cimport get16, get32, get64
+from zenith_utils.unaligned cimport get16, get32, get64
 from postgres_ffi.wal_record cimport RecordError, parse_record, record_to_python
 from zenith_utils.crc32c cimport crc32c_update
 

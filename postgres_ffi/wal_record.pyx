@@ -6,7 +6,7 @@ lengths trustworthy, so none is used unchecked.
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from postgres_ffi.unaligned cimport get16, get32, get64
+from zenith_utils.unaligned cimport get16, get32, get64
 
 from postgres_ffi.decoded_record import DecodedBlock, DecodedRecord
 from postgres_ffi.relfile import RelTag

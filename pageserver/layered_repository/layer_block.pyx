@@ -6,6 +6,7 @@ from libc.stdlib cimport calloc, free, malloc
 
 from pageserver.layered_repository.errors import CorruptLayerError
 from pageserver.layered_repository.layer_format cimport *
+from zenith_utils.unaligned cimport get32
 from zenith_utils.zstd cimport zstd_decompress, zstd_decompressor, zstd_free_decompressor
 
 cdef extern from *:

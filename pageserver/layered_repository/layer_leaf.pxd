@@ -4,6 +4,7 @@ from libc.string cimport memcmp, memcpy
 
 from pageserver.layered_repository.key cimport KEY_SIZE, Key, key_load
 from pageserver.layered_repository.layer_format cimport *
+from zenith_utils.unaligned cimport get16, get32, get64, get_big, put_big
 
 cdef struct LeafView:
     int64_t number               # of the leaf in its file, -1: none loaded

@@ -29,6 +29,7 @@ from pageserver.layered_repository.layer_leaf cimport (
     leaf_parse,
 )
 from pageserver.layered_repository.open_layer cimport Fence, OpenLayer
+from zenith_utils.unaligned cimport get32
 from zenith_utils.zstd cimport zstd_free_decompressor
 
 cdef extern from *:

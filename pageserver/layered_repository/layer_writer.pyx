@@ -33,6 +33,7 @@ from pageserver.layered_repository.layer_format cimport *
 from pageserver.layered_repository.layer_output cimport OUTPUT_SIZE, LayerOutput
 from pageserver.layered_repository.layer_sort cimport FrozenLayerScan
 from zenith_utils.crc32c cimport crc32c_update
+from zenith_utils.unaligned cimport get32, get64, put16, put32, put64, put64_big, put_big
 from zenith_utils.zstd cimport zstd_compress, zstd_compressor, zstd_free_compressor, zstd_load
 
 cdef extern from *:

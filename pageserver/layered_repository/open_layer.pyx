@@ -57,6 +57,7 @@ from pageserver.layered_repository.layer_leaf cimport (
     leaf_upper_bound,
 )
 from pageserver.layered_repository.read_batch cimport Query, ReadBatch
+from zenith_utils.unaligned cimport get16, get32, get64, get64_big
 from zenith_utils.zstd cimport zstd_load
 
 cdef extern from *:
