@@ -43,15 +43,3 @@ cdef inline uint64_t get64_big(const uint8_t *p) noexcept nogil:
 
 cdef inline void put64_big(uint8_t *p, uint64_t v) noexcept nogil:
     put64(p, __builtin_bswap64(v))
-
-
-cdef inline uint64_t get_big(const uint8_t *p, int width) noexcept nogil:
-    """A big-endian number of 4 or 8 bytes."""
-    return get64_big(p) if width == 8 else __builtin_bswap32(get32(p))
-
-
-cdef inline void put_big(uint8_t *p, uint64_t v, int width) noexcept nogil:
-    if width == 8:
-        put64_big(p, v)
-    else:
-        put32(p, __builtin_bswap32(<uint32_t> v))

@@ -41,7 +41,6 @@ cdef struct Scratch:     # what one read works with, of one thread at a time
     void *decompressor
     ReadError error
     uint8_t leaf_stored[MAX_LEAF_SIZE]
-    uint8_t leaf_plain[MAX_LEAF_SIZE]
 
 # From a pool, so that a read allocates nothing. NULL: no memory.
 cdef Scratch *scratch_take() noexcept nogil

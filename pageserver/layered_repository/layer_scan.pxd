@@ -3,7 +3,6 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from pageserver.layered_repository.key cimport Key
 from pageserver.layered_repository.layer_block cimport Block, ReadError
-from pageserver.layered_repository.layer_format cimport MAX_LEAF_SIZE
 from pageserver.layered_repository.layer_leaf cimport LeafView
 from pageserver.layered_repository.open_layer cimport OpenLayer
 
@@ -42,7 +41,6 @@ cdef class LayerScan:
     cdef uint8_t *plain
     cdef size_t plain_capacity
     cdef void *decompressor
-    cdef uint8_t leaf_plain[MAX_LEAF_SIZE]
 
     cdef int _fail(self, int code, uint64_t offset) noexcept nogil
     cdef const uint8_t *_window(self, Window *window, uint64_t offset, size_t size,

@@ -112,6 +112,8 @@ cdef class LayerScan:
             self.key_count += 1
         if not self.opened.start_lsn <= entry.lsn < self.opened.end_lsn:
             return self._fail(E_RANGE, self.opened.fences[self.leaf.number].offset)
+        if entry.size > MAX_VALUE_SIZE:
+            return self._fail(E_MALFORMED, self.opened.fences[self.leaf.number].offset)
         if entry.block != self.block_offset \
                 and self._next_block(entry.block, entry.at + entry.size) != 0:
             return -1
@@ -137,9 +139,8 @@ cdef class LayerScan:
         p = self._window(&self.leaves, fence.offset, stored, self.opened.leaf_end)
         if p == NULL:
             return -1
-        if open_block(p, fence.offset, stored, BLOCK_LEAF,
-                      self.leaf_plain if self.opened.codec != CODEC_NONE else NULL, MAX_LEAF_SIZE,
-                      &self.decompressor, &block, &self.error) != 0:
+        if open_block(p, fence.offset, stored, BLOCK_LEAF, NULL, stored, NULL, &block,
+                      &self.error) != 0:
             return -1
         if not leaf_parse(&self.leaf, block.payload, block.size):
             return self._fail(E_MALFORMED, fence.offset)

@@ -1,17 +1,10 @@
 """Writer of layer files: see layer_writer.pyx."""
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from pageserver.layered_repository.key cimport Key
-from pageserver.layered_repository.layer_format cimport LEAF_ENTRIES, MAX_LEAF_SIZE, PACKED_TARGET
+from pageserver.layered_repository.layer_format cimport LEAF_ENTRIES, PACKED_TARGET
+from pageserver.layered_repository.layer_leaf_encoder cimport LeafEntry
 from pageserver.layered_repository.layer_output cimport LayerOutput
-
-cdef struct LeafEntry:
-    Key key
-    uint64_t lsn
-    uint64_t block        # offset of the value's block in the file
-    uint32_t size
-    uint16_t offset
-    uint8_t flags
 
 cdef struct Growing:      # bytes in memory
     uint8_t *data
@@ -31,14 +24,13 @@ cdef class LayerWriter:
     cdef LeafEntry[LEAF_ENTRIES] entries
     cdef int n_entries
     cdef Growing index           # finished leaves
-    cdef uint64_t index_bytes    # of leaves, uncompressed
+    cdef uint64_t index_bytes    # of their payloads
     cdef Growing root
     cdef Growing hashes          # of the distinct keys
     cdef Key first, last
     cdef uint64_t last_lsn, low_lsn, high_lsn
     cdef void *compressor        # NULL: blocks stay as they are
     cdef uint8_t packing[PACKED_TARGET]
-    cdef uint8_t leaf[MAX_LEAF_SIZE]
 
     # Append a value; 0 or a code for raise_error: the order is wrong, no memory, an errno.
     cdef int add_raw(self, const Key *key, uint64_t lsn, uint8_t flags, const uint8_t *data,
@@ -57,7 +49,6 @@ cdef class LayerWriter:
     cdef int _open_block(self) noexcept nogil
     cdef void _close_block(self) noexcept nogil
     cdef int _close_leaf(self) noexcept nogil
-    cdef int _store_leaf(self, uint32_t size) noexcept nogil
     cdef int _write_tail(self, bint filtered, uint64_t *filter_offset,
                          uint64_t *root_offset) noexcept nogil
     cdef int _write_filter(self) noexcept nogil

@@ -30,10 +30,11 @@ from pageserver.layered_repository.key_filter cimport (
     filter_lines_for,
 )
 from pageserver.layered_repository.layer_format cimport *
+from pageserver.layered_repository.layer_leaf_encoder cimport LeafEntry, leaf_encode
 from pageserver.layered_repository.layer_output cimport OUTPUT_SIZE, LayerOutput
 from pageserver.layered_repository.layer_sort cimport FrozenLayerScan
 from zenith_utils.crc32c cimport crc32c_update
-from zenith_utils.unaligned cimport get32, get64, put16, put32, put64, put64_big, put_big
+from zenith_utils.unaligned cimport get32, get64, put16, put32, put64, put64_big
 from zenith_utils.zstd cimport zstd_compress, zstd_compressor, zstd_free_compressor, zstd_load
 
 cdef extern from *:
@@ -383,79 +384,26 @@ cdef class LayerWriter:
 
     cdef int _close_leaf(self) noexcept nogil:
         """Encode the pending entries; their block gets its checksum when its place is known."""
-        cdef int n = self.n_entries, i, prefix, lsn_width, block_width
-        cdef uint64_t low_lsn, high_lsn, low_block, high_block
-        cdef uint8_t first[KEY_SIZE]
-        cdef uint8_t key[KEY_SIZE]
-        cdef uint8_t *p
-        cdef LeafEntry *entry
-        if n == 0:
+        cdef LeafEntry *first = &self.entries[0]
+        cdef uint8_t *fence
+        cdef uint8_t *leaf
+        cdef uint32_t size
+        if self.n_entries == 0:
             return 0
-        low_lsn = high_lsn = self.entries[0].lsn
-        low_block = self.entries[0].block
-        high_block = self.entries[n - 1].block
-        for i in range(1, n):
-            if self.entries[i].lsn < low_lsn:
-                low_lsn = self.entries[i].lsn
-            if self.entries[i].lsn > high_lsn:
-                high_lsn = self.entries[i].lsn
-        # The entries are sorted: what the first and the last key share, all share.
-        key_store(&self.entries[0].key, first)
-        key_store(&self.entries[n - 1].key, key)
-        prefix = 0
-        while prefix < KEY_SIZE and first[prefix] == key[prefix]:
-            prefix += 1
-        lsn_width = 8 if high_lsn - low_lsn > 0xFFFFFFFFU else 4
-        block_width = 8 if high_block - low_block > 0xFFFFFFFFU else 4
-
-        p = grow(&self.root, ROOT_ENTRY, 4096)
-        if p == NULL:
+        fence = grow(&self.root, ROOT_ENTRY, 4096)
+        leaf = grow(&self.index, MAX_LEAF_SIZE, 1 << 16)
+        if fence == NULL or leaf == NULL:
             return ENOMEM
-        memcpy(p, first, KEY_SIZE)
-        put64_big(p + 18, self.entries[0].lsn)
-        put64(p + 26, self.index.used)
-        put64(p + 34, low_block)
-
-        p = self.leaf
-        memset(p, 0, LEAF_HEADER)
-        put16(p, <uint16_t> n)
-        p[2] = <uint8_t> prefix
-        p[3] = (WIDE_LSN if lsn_width == 8 else 0) | (WIDE_BLOCK if block_width == 8 else 0)
-        put64(p + 8, low_lsn)
-        put64(p + 16, low_block)
-        memcpy(p + 24, first, prefix)
-        p += LEAF_HEADER
-        for i in range(n):
-            entry = &self.entries[i]
-            key_store(&entry.key, key)
-            memcpy(p, key + prefix, KEY_SIZE - prefix)
-            p += KEY_SIZE - prefix
-            put_big(p, entry.lsn - low_lsn, lsn_width)
-            p += lsn_width
-            p[0] = entry.flags
-            put16(p + 1, entry.offset)
-            put32(p + 3, entry.size)
-            p += 7
-            if block_width == 8:
-                put64(p, entry.block - low_block)
-            else:
-                put32(p, <uint32_t> (entry.block - low_block))
-            p += block_width
-        if self._store_leaf(<uint32_t> (p - self.leaf)) != 0:
-            return ENOMEM
+        key_store(&first.key, fence)
+        put64_big(fence + 18, first.lsn)
+        put64(fence + 26, self.index.used)
+        put64(fence + 34, first.block)
+        size = leaf_encode(first, self.n_entries, leaf + BLOCK_HEADER)
+        block_header(leaf, BLOCK_LEAF, CODEC_NONE, size, size)
         self.root.used += ROOT_ENTRY
-        self.n_entries = 0
-        return 0
-
-    cdef int _store_leaf(self, uint32_t size) noexcept nogil:
-        """Append the leaf that was encoded to the index."""
-        cdef uint8_t *p = grow(&self.index, BLOCK_HEADER + size, 1 << 16)
-        if p == NULL:
-            return ENOMEM
-        memcpy(p + BLOCK_HEADER, self.leaf, size)
-        block_header(p, BLOCK_LEAF, CODEC_NONE, size, size)
         self.index.used += BLOCK_HEADER + size
         self.index_bytes += size
+        self.n_entries = 0
         return 0
 
     cdef int _write_tail(self, bint filtered, uint64_t *filter_offset,

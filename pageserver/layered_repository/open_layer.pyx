@@ -291,9 +291,8 @@ cdef class OpenLayer:
         s.leaf.number = -1
         code = self.read_at(s.leaf_stored, stored, offset, &s.error)
         if code == 0:
-            code = open_block(s.leaf_stored, offset, stored, BLOCK_LEAF,
-                              s.leaf_plain if self.codec != CODEC_NONE else NULL, MAX_LEAF_SIZE,
-                              &s.decompressor, &block, &s.error)
+            code = open_block(s.leaf_stored, offset, stored, BLOCK_LEAF, NULL, stored, NULL,
+                              &block, &s.error)
         if code != 0:
             return code
         if not leaf_parse(&s.leaf, block.payload, block.size):

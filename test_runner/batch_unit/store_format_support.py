@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,7 @@ def decode(data: bytes) -> Decoded:
     """Everything in a layer file; asserts whatever its description promises."""
     assert data[:8] == b"ZNTHLAYR"
     version, kind, codec, target = struct.unpack_from("<HBBI", data, 8)
-    assert (version, target) == (2, 8192 if codec else 4096)
+    assert (version, target) == (3, 8192 if codec else 4096)
     assert kind in (1, 2) and codec in (0, 1)
     assert data[:HEADER] == seal_header(data[:HEADER])
     assert data[16:48] == TENANT + TIMELINE
@@ -151,7 +152,7 @@ def decode_blocks(data: bytes, codec: int, target: int) -> list[Block]:
         payload = block[BLOCK_HEADER:]
         if block_codec:
             assert (block_codec, codec) == (1, 1)
-            assert kind in (1, 2)
+            assert kind == 1
             assert stored < plain
             payload = decompress(payload, plain)
         assert len(payload) == plain
@@ -163,20 +164,48 @@ def decode_blocks(data: bytes, codec: int, target: int) -> list[Block]:
 
 def decode_leaf(leaf: bytes) -> list[tuple[bytes, int, int, int, int, int]]:
     """Its entries as (key, lsn, flags, size, offset of the block, offset in the block)."""
-    n, prefix, widths, low_lsn, low_block = struct.unpack_from("<HBB4xQQ", leaf)
-    lsn_width, block_width = 8 if widths & 1 else 4, 8 if widths & 2 else 4
-    width = 18 - prefix + lsn_width + 7 + block_width
-    assert 0 < n <= 128
-    assert len(leaf) == 48 + n * width
+    n, prefix, *widths, block_count, all_flags = leaf[:8]
+    low_lsn, low_block, at = struct.unpack_from("<QQH", leaf, 8)
+    assert 0 < block_count <= n <= 128
+    lsn_width, end_width, distance_width, flags_width = widths
+    bounds = [0]
+    for width in (18 - prefix, lsn_width, end_width, flags_width):
+        bounds.append(bounds[-1] + width)
+    rows = 26 + prefix
+    columns = rows + n * bounds[-1]
+    firsts = leaf[columns : columns + block_count]
+    assert firsts[0] == 0 and list(firsts) == sorted(set(firsts))
+    distances = leaf[columns + block_count :]
+    assert len(distances) == block_count * distance_width
     found = []
+    block, block_start, start = low_block, 0, at
     for i in range(n):
-        entry = leaf[48 + i * width : 48 + (i + 1) * width]
-        suffix, rest = entry[: 18 - prefix], entry[18 - prefix :]
-        lsn = low_lsn + int.from_bytes(rest[:lsn_width], "big")
-        flags, at, size = struct.unpack_from("<BHI", rest, lsn_width)
-        block = low_block + int.from_bytes(rest[lsn_width + 7 :], "little")
-        found.append((leaf[24 : 24 + prefix] + suffix, lsn, flags, size, block, at))
+        entry = leaf[rows + i * bounds[-1] :]
+        suffix, *numbers = (entry[bounds[f] : bounds[f + 1]] for f in range(4))
+        distance, end, flags = (int.from_bytes(number, "big") for number in numbers)
+        if i in firsts:
+            column = distances[firsts.index(i) * distance_width :][:distance_width]
+            block = low_block + int.from_bytes(column, "big")
+            block_start = start if i else 0
+        flags = flags if flags_width else all_flags
+        found.append(
+            (leaf[26 : 26 + prefix] + suffix, low_lsn + distance, flags, end - start, block,
+             start - block_start)
+        )  # fmt: skip
+        start = end
+    # No wider than it has to be.
+    lsns, all_of_flags = [entry[1] for entry in found], {entry[2] for entry in found}
+    assert min(lsns) == low_lsn and lsn_width == width_of(max(lsns) - low_lsn)
+    assert end_width == max(width_of(start), 1)
+    assert distance_width == width_of(found[-1][4] - low_block)
+    assert flags_width == (len(all_of_flags) > 1) and not (flags_width and all_flags)
+    assert prefix == len(os.path.commonprefix([found[0][0], found[-1][0]]))
     return found
+
+
+def width_of(number: int) -> int:
+    """The bytes that a number needs."""
+    return (number.bit_length() + 7) // 8
 
 
 def _mix(x: int) -> int:

@@ -302,6 +302,90 @@ def test_wrong_compressed_blocks_with_right_checksums(
             read_all(reopened(layer))
 
 
+def leaf_layer(directory: Path, kind: str) -> tuple[LayerFile, list[Entry]]:
+    """A layer with one leaf that has narrow, wide, or no numbers."""
+    if kind == "narrow":
+        entries = [(key(i // 4), 8 * (i % 4 + 1), i & 1, b"value %d" % i) for i in range(100)]
+    elif kind == "wide":
+        entries = [(key(i << 100), 1 << i, 2 + i % 3, bytes(70_000 * (i % 2))) for i in range(60)]
+    else:
+        entries = [(key(7), 8, 6, b"")]
+    return write_layer(directory, entries, compress=True), entries
+
+
+@pytest.mark.parametrize("kind", ["narrow", "wide", "single"])
+def test_wrong_leaves_with_right_checksums(tmp_path: Path, kind: str) -> None:
+    layer, entries = leaf_layer(tmp_path, kind)
+    path = Path(layer.path)
+    (leaf,) = decode(path.read_bytes()).of_kind("leaf")
+    keys = sorted({entry[0] for entry in entries})
+    values = b"".join(entry[3] for entry in entries)
+    source = random.Random(9)
+    size, refused = len(leaf.payload), 0
+    changes = [[(place, 1 << bit)] for place in range(min(size, 120)) for bit in range(8)]
+    for _ in range(300):
+        changes.append([(source.randrange(size), source.randrange(256)) for _ in range(4)])
+    for change in changes:
+        payload = bytearray(leaf.payload)
+        for place, bits in change:
+            payload[place] ^= bits
+        replace_block(path, leaf.offset, bytes(payload), size, 0)
+        # What is found is made of the bytes that are there, whatever the leaf says.
+        try:
+            assert b"".join(entry[3] for entry in reopened(layer).entries()) == values
+        except CorruptLayerError as error:
+            refused += 1
+            assert error.path == path
+        changed = reopened(layer)
+        for wanted in keys[:: max(len(keys) // 5, 1)]:
+            batch = ReadBatch([wanted])
+            try:
+                changed.read(batch, 0, 1, LAST_LSN, 0)
+            except CorruptLayerError:
+                continue
+            assert all(value in values for _, _, value in batch.values(0))
+    assert refused > len(changes) // 4
+
+
+def test_malformed_leaves_are_refused(tmp_path: Path) -> None:
+    layer, _ = leaf_layer(tmp_path, "narrow")
+    path = Path(layer.path)
+    (leaf,) = decode(path.read_bytes()).of_kind("leaf")
+    n, prefix, lsn_width, end_width, distance_width, flags_width, blocks, _ = leaf.payload[:8]
+    assert (n, prefix, lsn_width, end_width, flags_width, blocks) == (100, 17, 1, 2, 1, 1)
+    first_end = 26 + prefix + 1 + lsn_width
+    row = 1 + lsn_width + end_width + flags_width
+    for place, change in (
+        (0, b"\x81"),
+        (0, bytes([n - 1])),
+        (1, b"\x13"),
+        (2, b"\x09"),
+        (3, b"\0"),
+        (3, b"\xff"),
+        (4, b"\x01"),
+        (5, b"\x02"),
+        (6, b"\x00"),
+        (6, b"\x65"),
+        (len(leaf.payload) - 1 - distance_width, b"\x01"),  # The first block begins later.
+        (first_end + row, b"\0\0"),  # The second value ends before it begins.
+        (first_end + row, b"\xff\xff"),  # It goes on after the end of its block.
+    ):
+        payload = leaf.payload[:place] + change + leaf.payload[place + len(change) :]
+        assert payload != leaf.payload
+        replace_block(path, leaf.offset, payload, len(payload), 0)
+        for read_all in (
+            LayerFile.verify,
+            lambda layer: layer.leaf_entries(0),
+            lambda layer: layer.read(ReadBatch([key(0)]), 0, 1, 16, 0),
+        ):
+            with pytest.raises(CorruptLayerError, match="malformed block|not where"):
+                read_all(reopened(layer))
+    replace_block(path, leaf.offset, zstd.compress(leaf.payload).ljust(len(leaf.payload)), 512, 1)
+    for read_all in (LayerFile.verify, lambda layer: layer.leaf_entries(0)):
+        with pytest.raises(CorruptLayerError, match="malformed block|does not know"):
+            read_all(reopened(layer))
+
+
 def test_the_verifier_finds_what_checksums_cannot(tmp_path: Path) -> None:
     entries = [(key(i), 8, 1, b"value") for i in range(1, 300)]
     layer = write_layer(tmp_path, entries, LayerName.l0_delta(8, 2400))
@@ -327,8 +411,8 @@ def test_the_verifier_finds_what_checksums_cannot(tmp_path: Path) -> None:
             reopened(layer).verify()
 
     prefix = leaf.payload[2]
-    first = 48
-    width = 18 - prefix + 4 + 7 + 4
+    first = 26 + prefix
+    width = 18 - prefix + 0 + 2 + 0
     second_key = leaf.payload[first + width : first + width + 18 - prefix]
     third = first + 2 * width
     damaged(leaf.offset, bytes([third]) + second_key)
@@ -337,7 +421,7 @@ def test_the_verifier_finds_what_checksums_cannot(tmp_path: Path) -> None:
     check("not what the root says")
     damaged(leaf.offset, bytes([8]) + struct.pack("<Q", 9000))
     check("not what the root says")
-    damaged(leaf.offset, bytes([third + 18 - prefix + 4 + 1]) + b"\x01\x00")
+    damaged(leaf.offset, bytes([24]) + b"\x01\x00")
     check("values are not where")
     for place in (104, 136, 152, 160):
         header(place, struct.unpack_from("<Q", good, place)[0] + 1)
@@ -348,16 +432,19 @@ def test_the_verifier_finds_what_checksums_cannot(tmp_path: Path) -> None:
     reopened(layer).verify()
 
 
-def test_format_version_one_is_named(tmp_path: Path) -> None:
+def test_other_format_versions_are_named(tmp_path: Path) -> None:
     layer = write_layer(tmp_path, [(key(1), 8, 1, b"x")])
     path = Path(layer.path)
     good = path.read_bytes()
-    path.write_bytes(seal_header(good[:8] + b"\x01\x00" + good[10:HEADER]) + good[HEADER:])
-    with pytest.raises(
-        FormatVersionError, match="format version 1, this program reads 2"
-    ) as caught:
-        reopened(layer).verify()
-    assert (caught.value.path, caught.value.found, caught.value.supported) == (path, 1, 2)
+    for version in (1, 2, 4):
+        header = good[:8] + struct.pack("<H", version) + good[10:HEADER]
+        path.write_bytes(seal_header(header) + good[HEADER:])
+        with pytest.raises(
+            FormatVersionError, match=f"format version {version}, this program reads 3"
+        ) as caught:
+            reopened(layer).verify()
+        error = caught.value
+        assert (error.path, error.found, error.supported) == (path, version, 3)
 
     metadata = tmp_path / "metadata"
     content = TimelineMetadata(8, 0, None, 0, 8, 8)
