@@ -25,27 +25,35 @@ its own.
 
 Leaf: 1 to 128 entries sorted by key and LSN, of one width, which is the least that they need.
 
-    0 u8 count n; 1 u8 length p of the prefix that the keys share; 2, 3, 4 u8 bytes of an LSN, of a
-    position and of a block distance, 0 to 8 each (a position: 1 to 8); 5 u8 bytes of flags, 0 or 1; 6 u8 count b of the
-    blocks that its values are in; 7 u8 the flags of all entries if they are not in each; 8 u64
-    least LSN; 16 u64 offset of the first block in the file; 24 u16 offset of the first value in it
+    header, 26 bytes: 0 u8 count n of the entries; 1 u8 length p of the prefix that the keys share;
+        2 u8 bytes of an LSN, 0 to 8; 3 u8 bytes of a position, 1 to 8; 4 u8 bytes of a distance,
+        0 to 8; 5 u8 bytes of flags, 0 or 1; 6 u8 count b of the blocks that its values are in;
+        7 u8 the flags of all entries, if entries have none; 8 u64 least LSN; 16 u64 offset of the
+        first block in the file; 24 u16 offset of the first value in that block
     p bytes: the prefix
     n entries: the other 18 - p bytes of the key; LSN - least LSN; the position where the value
         ends; flags
-    b u8: the number of the first entry that is in the block; 0 for the first block
-    b block distances: offset of the block in the file - that of the first
+    b u8: the number of the first entry in the block, 0 for the first block
+    b distances: offset of the block in the file - that of the first block
 
-LSNs, positions and distances in it are big-endian, so that key and LSN compare as one string. A
+LSNs, positions and distances are big-endian there, so that key and LSN compare as one string. A
 position counts the bytes of values from the beginning of the first block on, across blocks: a value
-begins where the one before ends, in its block at the difference to where the block's first value
-begins.
+begins where the one before ends, and lies in its block as far behind the block's first value.
 
 Filter, in deltas over all keys: a blocked Bloom filter of all keys, see key_filter.pxd.
 
 Root: u32 count, u32 zero, then for each leaf its first key (18), first LSN (u64 big-endian), offset
 in the file (u64) and offset of the block of its first value (u64). Leaves lie back to back.
 
-@MEASURED@
+Sizes were measured. An entry of a leaf takes 6.7 bytes where 32 keys have four records each; with
+numbers of 4 bytes and the block in every entry it was 16.6. zstd would save 0.7 % of that, so it is
+left out. Heap pages of 8 kB shrink by a factor of 9.7 one by one, 11.2 in blocks of 16 kB, 11.7 in
+32 kB; WAL records of 60 to 300 bytes by 2.5, 2.6 and 2.6, while the time to decompress a block for
+one value is 6, 9 and 13 us (records: 12, 20, 29): reads of 8 kB, and a cache full of such blocks,
+are worth the tenth of space. Level 3 of zstd makes catalog pages 1 % smaller than level 1 does and
+records of row changes 2 % larger, for 10 to 40 % more CPU time; a trained dictionary of 16 kB would
+make these pages 6 % smaller and the records 1 %, for a training of 0.1 s a file. Without a codec a
+smaller block only saves time: its bytes are copied and summed up for one value.
 """
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
@@ -74,9 +82,9 @@ cdef enum:
 
     LEAF_ENTRIES = 128
     LEAF_HEADER = 26
-    MAX_ENTRY_WIDTH = 35
-    MAX_LEAF_BLOCK = 9           # of a block that the values of a leaf are in
-    MAX_LEAF_SIZE = 5674         # BLOCK_HEADER + LEAF_HEADER + LEAF_ENTRIES * both of them
+    # BLOCK_HEADER + LEAF_HEADER + LEAF_ENTRIES * (35 + 9): all numbers of their greatest width, keys
+    # that share nothing, each value in a block of its own.
+    MAX_LEAF_SIZE = 5674
 
     ROOT_HEADER = 8
     ROOT_ENTRY = 42

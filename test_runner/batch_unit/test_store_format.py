@@ -378,11 +378,16 @@ def test_malformed_leaves_are_refused(tmp_path: Path) -> None:
             lambda layer: layer.leaf_entries(0),
             lambda layer: layer.read(ReadBatch([key(0)]), 0, 1, 16, 0),
         ):
-            with pytest.raises(CorruptLayerError, match="malformed block|not where"):
+            with pytest.raises(CorruptLayerError, match=r"malformed block|not where"):
                 read_all(reopened(layer))
-    replace_block(path, leaf.offset, zstd.compress(leaf.payload).ljust(len(leaf.payload)), 512, 1)
+    # A leaf is never compressed; the rest of the room is a frame without content.
+    frame, size = zstd.compress(leaf.payload), len(leaf.payload)
+    room = size - len(frame) - 8
+    frame += struct.pack("<II", 0x184D2A50, room) + bytes(room)
+    assert zstd.decompress(frame, size) == leaf.payload
+    replace_block(path, leaf.offset, frame, size, 1)
     for read_all in (LayerFile.verify, lambda layer: layer.leaf_entries(0)):
-        with pytest.raises(CorruptLayerError, match="malformed block|does not know"):
+        with pytest.raises(CorruptLayerError, match="method this program does not know"):
             read_all(reopened(layer))
 
 
@@ -410,9 +415,10 @@ def test_the_verifier_finds_what_checksums_cannot(tmp_path: Path) -> None:
         with pytest.raises(CorruptLayerError, match=reason):
             reopened(layer).verify()
 
-    prefix = leaf.payload[2]
+    prefix = leaf.payload[1]
+    assert tuple(leaf.payload[:6]) == (128, 16, 0, 2, 0, 0)
     first = 26 + prefix
-    width = 18 - prefix + 0 + 2 + 0
+    width = 18 - prefix + 2
     second_key = leaf.payload[first + width : first + width + 18 - prefix]
     third = first + 2 * width
     damaged(leaf.offset, bytes([third]) + second_key)
