@@ -391,6 +391,25 @@ def test_malformed_leaves_are_refused(tmp_path: Path) -> None:
             read_all(reopened(layer))
 
 
+def test_values_of_impossible_sizes_are_refused(tmp_path: Path) -> None:
+    layer = write_layer(tmp_path, [(key(7), 8, 0, b"first"), (key(7), 1 << 62, 0, b"after")])
+    path = Path(layer.path)
+    (leaf,) = decode(path.read_bytes()).of_kind("leaf")
+    assert list(leaf.payload[:8]) == [2, 18, 8, 1, 0, 0, 1, 0]
+    # The LSNs take four bytes less and the positions four more.
+    widths = bytes([2, 18, 4, 5, 0, 0, 1, 0])
+    for size, good in ((5, True), ((1 << 32) + 5, False)):
+        rows = bytes(4) + (5).to_bytes(5, "big") + b"\0\0\0\x08" + (5 + size).to_bytes(5, "big")
+        payload = widths + leaf.payload[8:44] + rows + leaf.payload[62:]
+        replace_block(path, leaf.offset, payload, len(payload), 0)
+        for read_all in (LayerFile.entries, lambda layer: layer.leaf_entries(0)):
+            if good:
+                assert [entry[3] for entry in read_all(reopened(layer))] == [b"first", b"after"]
+                continue
+            with pytest.raises(CorruptLayerError, match="malformed block"):
+                list(read_all(reopened(layer)))
+
+
 def test_the_verifier_finds_what_checksums_cannot(tmp_path: Path) -> None:
     entries = [(key(i), 8, 1, b"value") for i in range(1, 300)]
     layer = write_layer(tmp_path, entries, LayerName.l0_delta(8, 2400))

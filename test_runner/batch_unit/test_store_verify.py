@@ -207,7 +207,7 @@ def test_another_format_version(workdir: Path) -> None:
     data[252:256] = struct.pack("<I", crc32c(bytes(data[:252])))
     path.write_bytes(data)
     found = the_problem(workdir)
-    assert (found.path, found.message) == (path, "format version 7, this program reads 2")
+    assert (found.path, found.message) == (path, "format version 7, this program reads 3")
 
 
 def test_a_layer_of_another_timeline(workdir: Path) -> None:
