@@ -36,6 +36,8 @@ cdef class FrozenLayerScan:
 
     cdef int next(self) noexcept nogil
     cdef int raise_error(self) except -1
+    cdef void _fetch_entry(self, uint64_t place) noexcept nogil
+    cdef void _fetch_ahead(self) noexcept nogil
     cdef bint _is_replaced(self, uint64_t place) noexcept nogil
     cdef const uint8_t *_checked(self, const Entry *entry) noexcept nogil
     cdef const uint8_t *_value(self, const Entry *entry) noexcept nogil

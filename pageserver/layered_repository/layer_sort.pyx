@@ -22,6 +22,7 @@ from pageserver.layered_repository.inmemory_layer cimport (
     InMemoryLayer,
     entry_key,
 )
+from pageserver.layered_repository.layer_memory cimport layer_fetch
 
 cdef extern from *:
     """
@@ -138,7 +139,6 @@ cdef extern from *:
         catch (const std::bad_alloc &) { return -1; }
     }
     """
-    void __builtin_prefetch(const void *p) noexcept nogil
     int sort_by_key(SortItem **items, SortItem **other, uint64_t n) noexcept nogil
     void *prefix_table_new() noexcept nogil
     void prefix_table_free(void *table) noexcept nogil
@@ -184,7 +184,8 @@ cdef uint32_t *sorted_entries(InMemoryLayer layer, uint64_t *count) noexcept nog
 
 
 cdef enum:
-    FETCH_AHEAD = 8
+    FETCH_AHEAD = 12             # places; entries twice as far
+    MAX_FETCHED = 512            # bytes of a value: the processor fetches on by itself
     STAGE_SIZE = 32 << 20        # bytes of values fetched from the ephemeral file at once
     STAGE_ENTRIES = 1 << 19      # places in the order this may be for
     BIG_VALUE = 1 << 20          # not worth to stage
@@ -222,13 +223,7 @@ cdef class FrozenLayerScan:
             self.at += 1
         if self.at >= self.count:
             return 0
-        # Entries and values lie in the order of the puts: fetch ahead of their use.
-        if self.at + 2 * FETCH_AHEAD < self.count:
-            __builtin_prefetch(self.layer.entry_at(self.order[self.at + 2 * FETCH_AHEAD]))
-            entry = self.layer.entry_at(self.order[self.at + FETCH_AHEAD])
-            self.data = self.layer.values.memory_at(entry.position)
-            __builtin_prefetch(self.data)
-            __builtin_prefetch(self.data + 64)
+        self._fetch_ahead()
         entry = self.layer.entry_at(self.order[self.at])
         self.data = self._value(entry)
         if self.data == NULL:
@@ -241,11 +236,25 @@ cdef class FrozenLayerScan:
         self.at += 1
         return 1
 
+    cdef inline void _fetch_entry(self, uint64_t place) noexcept nogil:
+        if place < self.count:
+            layer_fetch(self.layer.entry_at(self.order[place]), sizeof(Entry))
+
+    cdef inline void _fetch_ahead(self) noexcept nogil:
+        """Entries and values lie in the order of the puts: fetch them ahead of their use."""
+        cdef uint64_t place = self.at + FETCH_AHEAD
+        cdef const Entry *entry
+        self._fetch_entry(place + FETCH_AHEAD)
+        if place < self.count:
+            entry = self.layer.entry_at(self.order[place])
+            layer_fetch(self.layer.values.memory_at(entry.position),
+                        entry.size if entry.size < MAX_FETCHED else MAX_FETCHED)
+
     cdef inline bint _is_replaced(self, uint64_t place) noexcept nogil:
         """Whether a later put of the same key at the same LSN follows."""
         cdef const Entry *entry
         cdef const Entry *following
-        if place + 1 >= self.count:
+        if self.layer.n_replaced == 0 or place + 1 >= self.count:
             return False
         entry = self.layer.entry_at(self.order[place])
         following = self.layer.entry_at(self.order[place + 1])
@@ -280,6 +289,7 @@ cdef class FrozenLayerScan:
                 return -1
         self.stage_start = place = self.at
         while place < self.count and place - self.stage_start < STAGE_ENTRIES:
+            self._fetch_entry(place + FETCH_AHEAD)
             entry = self.layer.entry_at(self.order[place])
             offset = self.layer.values.file_offset(entry.position)
             if offset and entry.size < BIG_VALUE and not self._is_replaced(place):
@@ -296,6 +306,8 @@ cdef class FrozenLayerScan:
             self.window.error = ENOMEM
             return -1
         for i in range(n):
+            if i + FETCH_AHEAD < n:
+                self._fetch_entry(self.stage_start + self.wanted[i + FETCH_AHEAD].index)
             place = self.wanted[i].index
             entry = self.layer.entry_at(self.order[self.stage_start + place])
             data = self._checked(entry)
