@@ -30,8 +30,8 @@ from typing import Final, Generic, TypeVar
 
 from pageserver.layered_repository.memory_pool import MemoryPool
 
-# The pool keeps at most this part of the limit.
-_POOL_PART: Final = 4
+# The pool keeps at most this part of the limit: a half.
+_POOL_PART: Final = 2
 
 T = TypeVar("T", bound=Hashable)
 
@@ -90,8 +90,9 @@ class MemoryBudget(Generic[T]):
     def frozen(self, timeline: T, size: int) -> None:
         """The open layer became a frozen one of `size` bytes; the new open one is empty."""
         with self._room:
-            self._add_frozen(timeline, size)
+            # In this order, so that nothing counts twice.
             self._set_open(timeline, 0)
+            self._add_frozen(timeline, size)
             self._wake()
 
     def flushed(self, timeline: T, size: int) -> None:
