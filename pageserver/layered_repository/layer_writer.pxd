@@ -13,6 +13,11 @@ cdef struct LeafEntry:
     uint16_t offset
     uint8_t flags
 
+cdef struct ImageRef:     # a value to add
+    Key key
+    const uint8_t *data
+    uint32_t size
+
 cdef struct Growing:      # bytes in memory
     uint8_t *data
     size_t used, capacity
