@@ -48,6 +48,7 @@ cdef class FrozenLayerScan:
     cdef int _next_stage(self) noexcept nogil
     cdef int _fetch_stage(self, uint64_t first, uint64_t last) noexcept nogil
     cdef int _plan_stages(self) noexcept nogil
+    cdef bint _is_staged(self, uint64_t index, const Entry *entry) noexcept nogil
     cdef void _fill_buckets(self, Bucket *buckets) noexcept nogil
     cdef uint64_t _divide(self, Bucket *buckets) noexcept nogil
     cdef void _list_spilled(self, const Bucket *buckets) noexcept nogil

@@ -6,10 +6,10 @@ blocks: one for each relation fork). So the distinct prefixes are ranked first; 
 four bytes of the key make a 64-bit sort key, sorted by a radix sort that skips the bytes all have in
 common. It is stable: entries of one key keep the order of their puts, which is that of their LSNs.
 
-Values in the ephemeral file lie in the order of the puts. They are fetched for a stage at once, a part
-of the order with as many values as there is room for, and in the order of the file, so that it is
-read in few large pieces even if the keys came at random. Which entries belong to a stage is found out
-for all stages in two passes over the entries, in the order in which these lie in memory.
+Values in the ephemeral file lie in the order of the puts. They are fetched stage by stage, a part of
+the order with as many values as there is room for, each in the order of the file: so that is read in
+few large pieces even if the keys came at random. Which entries belong to which stage is found out for
+all of them in two passes over the entries, in the order in which these lie in memory.
 """
 from cython cimport no_gc_clear
 from libc.errno cimport ENOMEM
@@ -393,6 +393,10 @@ cdef class FrozenLayerScan:
         free(buckets)
         return 0 if self.staged_at != NULL else -1
 
+    cdef inline bint _is_staged(self, uint64_t index, const Entry *entry) noexcept nogil:
+        return self.place_of[index] != NOT_IN_ORDER and self._is_spilled(entry) \
+            and not self._is_replaced(self.place_of[index])
+
     cdef void _fill_buckets(self, Bucket *buckets) noexcept nogil:
         """Count what is in the file."""
         cdef uint64_t i
@@ -400,7 +404,7 @@ cdef class FrozenLayerScan:
         cdef Bucket *bucket
         for i in range(self.layer.n_entries):
             entry = self.layer.entry_at(i)
-            if self.place_of[i] != NOT_IN_ORDER and self._is_spilled(entry):
+            if self._is_staged(i, entry):
                 bucket = &buckets[self.place_of[i] // BUCKET_ENTRIES]
                 bucket.bytes += entry.size
                 bucket.values += 1
@@ -431,7 +435,7 @@ cdef class FrozenLayerScan:
         cdef uint64_t i
         cdef Stage *stage
         for i in range(self.layer.n_entries):
-            if self.place_of[i] != NOT_IN_ORDER and self._is_spilled(self.layer.entry_at(i)):
+            if self._is_staged(i, self.layer.entry_at(i)):
                 stage = &self.stages[buckets[self.place_of[i] // BUCKET_ENTRIES].stage]
                 self.spilled[stage.spilled] = <uint32_t> i
                 stage.spilled += 1
