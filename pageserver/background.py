@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from pageserver.layered_repository.errors import TimelineStopped
+from zenith_utils.thread_priority import become_background
 
 if TYPE_CHECKING:
     from pageserver.tenant_config import TenantConf
@@ -102,6 +103,7 @@ class BackgroundThread:
             self._thread.join()
 
     def _run(self) -> None:
+        become_background()
         while True:
             self._wake.clear()
             if self._stopping:

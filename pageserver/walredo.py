@@ -24,6 +24,7 @@ from pageserver._walredo_process import (
 from pageserver._walredo_queue import MaskRequest, RedoQueue
 from postgres_ffi.distrib import PgDistrib
 from zenith_utils.lsn import Lsn
+from zenith_utils.thread_priority import start_in_foreground
 
 __all__ = ["RedoRequest", "WalRedoClosedError", "WalRedoError", "WalRedoPool"]
 
@@ -168,7 +169,7 @@ class WalRedoPool:
         """Start one more process if the limit allows.
 
         In a thread of its own, which stays with the process: whoever has asked for it may be
-        served earlier by another one.
+        served earlier by another one. It serves readers too, whoever has asked.
         """
         with self._lock:
             if self._closed or len(self._live) + self._starting >= self._max_processes:
@@ -178,7 +179,9 @@ class WalRedoPool:
             self._starting += 1
             self._update_may_start()
         try:
-            threading.Thread(target=self._run_process, name="wal redo", daemon=True).start()
+            start_in_foreground(
+                threading.Thread(target=self._run_process, name="wal redo", daemon=True)
+            )
         except RuntimeError as e:
             self._start_failed(WalRedoError(f"a redo process did not start: {e}"))
 

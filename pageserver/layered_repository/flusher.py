@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pageserver.layered_repository.errors import TimelineStopped
 from pageserver.layered_repository.inmemory_layer import InMemoryLayer
+from zenith_utils.thread_priority import start_in_foreground
 
 if TYPE_CHECKING:
     from pageserver.layered_repository.timeline import Timeline
@@ -38,7 +39,7 @@ class LayerFlusher:
                 self._thread = threading.Thread(
                     target=self._run, name=f"flush {self._timeline.timeline_id}", daemon=True
                 )
-                self._thread.start()
+                start_in_foreground(self._thread)
 
     def flush(self) -> None:
         """Flush everything frozen before the call, in this thread.

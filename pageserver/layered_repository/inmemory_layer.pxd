@@ -4,6 +4,7 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from pageserver.layered_repository.ephemeral_file cimport EphemeralFile, ReadWindow
 from pageserver.layered_repository.key cimport Key
 from pageserver.layered_repository.key_table cimport Table
+from pageserver.layered_repository.memory_pool cimport MemoryPool
 from pageserver.layered_repository.range_tombstones cimport RangeTombstones
 from pageserver.layered_repository.read_batch cimport Query, ReadBatch
 from pageserver.layered_repository.value_chunks cimport ValueChunks
@@ -49,6 +50,7 @@ cdef class InMemoryLayer:
     cdef readonly uint64_t max_lsn            # newest value put or range deleted
     cdef readonly bint sealed
     cdef uint64_t published_lsn
+    cdef MemoryPool pool
     cdef ValueChunks values
     cdef Entry **entry_chunks
     cdef uint64_t n_entries
@@ -78,6 +80,7 @@ cdef class InMemoryLayer:
     # Private.
     cdef int _collect_one(self, ReadBatch batch, Query *query, uint64_t upper, uint64_t floor,
                           ReadWindow *window) noexcept nogil
+    cdef void _expect(self, const Key *key) noexcept nogil
     cdef int _start(self) noexcept nogil
     cdef int _new_entry_chunk(self) noexcept nogil
     cdef int _grow_table(self) noexcept nogil

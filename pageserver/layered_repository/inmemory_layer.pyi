@@ -3,6 +3,7 @@ from os import PathLike
 from typing_extensions import Buffer
 
 from pageserver.layered_repository.ephemeral_file import EphemeralFile
+from pageserver.layered_repository.memory_pool import MemoryPool
 from pageserver.layered_repository.read_batch import ReadBatch
 
 class InMemoryLayer:
@@ -12,6 +13,7 @@ class InMemoryLayer:
         *,
         spill_dir: str | PathLike[str] | None = None,
         spill_after: int = 0,
+        pool: MemoryPool | None = None,
     ) -> None: ...
     @property
     def start_lsn(self) -> int: ...

@@ -21,6 +21,7 @@ deleted at LSN T is like an image layer at T without keys: what was put at or be
 for reads at or above T. So it takes no further value at T itself, and none below: the image layer
 that a flush makes of it would hide them.
 """
+from cython cimport no_gc_clear
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
@@ -43,14 +44,15 @@ from pageserver.layered_repository.key_table cimport (
     table_new,
 )
 from pageserver.layered_repository.layer_memory cimport (
+    layer_fetch,
     layer_load,
     layer_load_pointer,
-    layer_map_huge,
     layer_map_pages,
     layer_store,
     layer_store_pointer,
     layer_unmap_pages,
 )
+from pageserver.layered_repository.memory_pool cimport HUGE_PAGE, MemoryPool
 from pageserver.layered_repository.range_tombstones cimport (
     RangeTombstones,
     Tombstone,
@@ -60,10 +62,10 @@ from pageserver.layered_repository.read_batch cimport Query, ReadBatch
 from pageserver.layered_repository.value_chunks cimport MAX_VALUE_SIZE, ValueChunks
 
 cdef enum:
-    HUGE_PAGE = 2 << 20
     PAGE_SIZE = 4096
     ENTRIES_PER_CHUNK = 43690         # HUGE_PAGE // sizeof(Entry)
     MAX_ENTRY_CHUNKS = 98305          # for 2^32 entries
+    FETCH_AHEAD = 12
 
 cdef uint64_t MAX_ENTRIES = 0xFFFFFFFEU
 cdef uint64_t MAX_LSN = 0xFFFFFFFFFFFFFFFFULL
@@ -73,6 +75,7 @@ cdef inline bint entry_has_key(const Entry *entry, const Key *key) noexcept nogi
     return entry.hi == key.hi and entry.mid == key.mid and entry.lo == key.lo
 
 
+@no_gc_clear      # __dealloc__ needs the pool
 cdef class InMemoryLayer:
     """Changes of one timeline from `start_lsn` on.
 
@@ -81,23 +84,28 @@ cdef class InMemoryLayer:
     With a `spill_dir` the first `spill_after` bytes of values stay in memory and the others go to an
     ephemeral file there, in chunks of 2 MB as these fill. If the file cannot be written (no space,
     no directory) the values stay in memory, `memory_size` says so and the next chunk tries again.
+
+    Memory comes from the `pool`, if there is one, and goes back to it.
     """
 
-    def __cinit__(self, uint64_t start_lsn, *, spill_dir=None, uint64_t spill_after=0):
+    def __cinit__(self, uint64_t start_lsn, *, spill_dir=None, uint64_t spill_after=0,
+                  MemoryPool pool=None):
         self.start_lsn = start_lsn
         self.published_lsn = start_lsn - 1 if start_lsn else 0
         self.deleted = RangeTombstones()
         self.file = EphemeralFile(spill_dir) if spill_dir is not None else None
-        self.values = ValueChunks(self.file, spill_after)
+        self.pool = pool if pool is not None else MemoryPool()
+        self.values = ValueChunks(self.file, spill_after, self.pool)
 
     def __dealloc__(self):
         cdef uint64_t i
         # Giving back hundreds of megabytes takes long enough to be done without the GIL.
         with nogil:
-            table_free(self.table)
+            table_free(self.table, self.pool)
             if self.entry_chunks != NULL:
-                for i in range(self.n_entries // ENTRIES_PER_CHUNK + 1):
-                    layer_unmap_pages(self.entry_chunks[i], HUGE_PAGE)
+                layer_unmap_pages(self.entry_chunks[0], HUGE_PAGE)
+                for i in range(1, self.n_entries // ENTRIES_PER_CHUNK + 1):
+                    self.pool.give(self.entry_chunks[i], HUGE_PAGE)
                 layer_unmap_pages(self.entry_chunks, MAX_ENTRY_CHUNKS * sizeof(Entry *))
 
     # ---- writer's side
@@ -108,20 +116,25 @@ cdef class InMemoryLayer:
             self.entry_chunks = <Entry **> layer_map_pages(MAX_ENTRY_CHUNKS * sizeof(Entry *))
             if self.entry_chunks == NULL:
                 return PUT_NO_MEMORY
-        layer_store_pointer(self.table, table_new(FIRST_TABLE_SLOTS))
+        layer_store_pointer(self.table, table_new(FIRST_TABLE_SLOTS, self.pool))
         self.table_memory = PAGE_SIZE + FIRST_TABLE_SLOTS * sizeof(uint64_t)
         return PUT_OK if self.table != NULL else PUT_NO_MEMORY
 
     cdef int _new_entry_chunk(self) noexcept nogil:
         cdef Entry *chunk
         if self.n_entries:
-            chunk = <Entry *> layer_map_huge(HUGE_PAGE)
+            chunk = <Entry *> self.pool.take(HUGE_PAGE)
         else:
             chunk = <Entry *> layer_map_pages(HUGE_PAGE)
         if chunk == NULL:
             return PUT_NO_MEMORY
         self.entry_chunks[self.n_entries // ENTRIES_PER_CHUNK] = chunk
         return PUT_OK
+
+    cdef inline void _expect(self, const Key *key) noexcept nogil:
+        """Fetch what the put of a key will look at first."""
+        if self.table != NULL:
+            layer_fetch(&self.table.slots[key_tag(key) & self.table.mask], sizeof(uint64_t))
 
     cdef int64_t append_value(self, const uint8_t *data, uint32_t size) noexcept nogil:
         """Copy the bytes of a value once; the position for `put_ref`, or a PutResult below 0."""
@@ -200,6 +213,7 @@ cdef class InMemoryLayer:
         cdef int64_t position
         if lsn <= self.published_lsn:
             return PUT_OLD_LSN
+        self._expect(key)
         position = self.append_value(data, size)
         if position < 0:
             return <int> position
@@ -210,7 +224,7 @@ cdef class InMemoryLayer:
         # A tag has 32 bits, so a table of 2^32 slots cannot grow; it never gets full either.
         if self.table.mask >= 0xFFFFFFFFU:
             return PUT_OK
-        grown = table_grown(self.table)
+        grown = table_grown(self.table, self.pool)
         if grown == NULL:
             return PUT_NO_MEMORY
         self.table_memory += (grown.mask + 1) * sizeof(uint64_t)
@@ -277,6 +291,9 @@ cdef class InMemoryLayer:
             raise ValueError(f"a value of {size} bytes is over the limit of {MAX_VALUE_SIZE}")
         with nogil:
             for i in range(n):
+                if i + FETCH_AHEAD < n:
+                    key_load(&key, &keys[(i + FETCH_AHEAD) * KEY_SIZE])
+                    self._expect(&key)
                 key_load(&key, &keys[i * KEY_SIZE])
                 code = self.put_raw(&key, lsns[i], flags, &data[i * size] if size else NULL,
                                     <uint32_t> size)

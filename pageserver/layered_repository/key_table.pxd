@@ -7,11 +7,8 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
 from pageserver.layered_repository.key cimport Key
-from pageserver.layered_repository.layer_memory cimport (
-    layer_map_huge,
-    layer_map_pages,
-    layer_unmap_pages,
-)
+from pageserver.layered_repository.layer_memory cimport layer_map_pages, layer_unmap_pages
+from pageserver.layered_repository.memory_pool cimport MemoryPool
 
 cdef enum:
     FIRST_TABLE_SLOTS = 512
@@ -32,13 +29,13 @@ cdef inline uint32_t key_tag(const Key *key) noexcept nogil:
     return (<uint32_t> (h >> 32) & 0xFFFFFFF8U) | (key.lo & 7)
 
 
-cdef inline Table *table_new(uint64_t slots) noexcept nogil:
+cdef inline Table *table_new(uint64_t slots, MemoryPool pool) noexcept nogil:
     """An empty table, NULL without memory; `slots` is a power of two."""
     cdef Table *table = <Table *> calloc(1, sizeof(Table))
     if table == NULL:
         return NULL
     if slots >= HUGE_TABLE_SLOTS:
-        table.slots = <uint64_t *> layer_map_huge(slots * sizeof(uint64_t))
+        table.slots = <uint64_t *> pool.take_zeroed(slots * sizeof(uint64_t))
     else:
         table.slots = <uint64_t *> layer_map_pages(slots * sizeof(uint64_t))
     if table.slots == NULL:
@@ -48,9 +45,9 @@ cdef inline Table *table_new(uint64_t slots) noexcept nogil:
     return table
 
 
-cdef inline Table *table_grown(Table *old) noexcept nogil:
+cdef inline Table *table_grown(Table *old, MemoryPool pool) noexcept nogil:
     """A copy of twice the size that keeps `old`, NULL without memory."""
-    cdef Table *new = table_new((old.mask + 1) * 2)
+    cdef Table *new = table_new((old.mask + 1) * 2, pool)
     cdef uint64_t i, at, slot
     if new == NULL:
         return NULL
@@ -66,11 +63,16 @@ cdef inline Table *table_grown(Table *old) noexcept nogil:
     return new
 
 
-cdef inline void table_free(Table *table) noexcept nogil:
+cdef inline void table_free(Table *table, MemoryPool pool) noexcept nogil:
     """Free a table and all that it replaced."""
     cdef Table *retired
+    cdef uint64_t size
     while table != NULL:
         retired = table.retired
-        layer_unmap_pages(table.slots, (table.mask + 1) * sizeof(uint64_t))
+        size = (table.mask + 1) * sizeof(uint64_t)
+        if table.mask + 1 >= HUGE_TABLE_SLOTS:
+            pool.give(table.slots, size)
+        else:
+            layer_unmap_pages(table.slots, size)
         free(table)
         table = retired

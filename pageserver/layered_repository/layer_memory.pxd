@@ -54,6 +54,16 @@ cdef extern from *:
     static inline int layer_release_pages(void *p, size_t size)
     { return madvise(p, size, MADV_DONTNEED); }
 
+    /* Let the system have the memory back when it needs some: the content is kept or zeros. */
+    static inline void layer_offer_pages(void *p, size_t size)
+    {
+    #ifdef MADV_FREE
+        (void) madvise(p, size, MADV_FREE);
+    #else
+        (void) p; (void) size;
+    #endif
+    }
+
     /* Everything written before a store is there for whoever loads what it stored. */
     static inline uint64_t layer_load(const uint64_t *p)
     { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
@@ -61,6 +71,17 @@ cdef extern from *:
     { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
     /* What is loaded after it is no older than what was read before it. */
     static inline void layer_read_barrier(void) { __atomic_thread_fence(__ATOMIC_ACQUIRE); }
+    /* What is stored after it is seen by nobody who does not see what was stored before it. */
+    static inline void layer_write_barrier(void) { __atomic_thread_fence(__ATOMIC_RELEASE); }
+    /* Fetch memory that is soon read. The empty assembly keeps the compiler from taking callers that
+       do nothing else for functions without effect, which it drops. */
+    static inline void layer_fetch(const void *p, size_t size)
+    {
+        const char *line = (const char *) ((uintptr_t) p & ~(uintptr_t) 63);
+        __asm__ volatile ("");
+        for (; line < (const char *) p + size; line += 64)
+            __builtin_prefetch(line);
+    }
     #define layer_load_pointer(p) __atomic_load_n((void **) &(p), __ATOMIC_ACQUIRE)
     #define layer_store_pointer(p, v) __atomic_store_n((void **) &(p), (void *) (v), __ATOMIC_RELEASE)
     #endif
@@ -69,7 +90,10 @@ cdef extern from *:
     void *layer_map_huge(size_t size) noexcept nogil
     void layer_unmap_pages(void *p, size_t size) noexcept nogil
     int layer_release_pages(void *p, size_t size) noexcept nogil
+    void layer_offer_pages(void *p, size_t size) noexcept nogil
     void layer_read_barrier() noexcept nogil
+    void layer_write_barrier() noexcept nogil
+    void layer_fetch(const void *p, size_t size) noexcept nogil
     uint64_t layer_load(const uint64_t *p) noexcept nogil
     void layer_store(uint64_t *p, uint64_t v) noexcept nogil
     void *layer_load_pointer(void *p) noexcept nogil

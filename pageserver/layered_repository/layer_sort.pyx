@@ -6,13 +6,16 @@ blocks: one for each relation fork). So the distinct prefixes are ranked first; 
 four bytes of the key make a 64-bit sort key, sorted by a radix sort that skips the bytes all have in
 common. It is stable: entries of one key keep the order of their puts, which is that of their LSNs.
 
-Values in the ephemeral file lie in the order of the puts. They are fetched for many entries at once,
-in the order of the file, so that it is read in few large pieces even if the keys came at random.
+Values in the ephemeral file lie in the order of the puts. They are fetched stage by stage, a part of
+the order with as many values as there is room for, each in the order of the file: so that is read in
+few large pieces even if the keys came at random. Which entries belong to which stage is found out for
+all of them in two passes over the entries, in the order in which these lie in memory.
 """
+from cython cimport no_gc_clear
 from libc.errno cimport ENOMEM
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcpy, memset
 
 from pageserver.layered_repository.ephemeral_file cimport window_free
 from pageserver.layered_repository.inmemory_layer cimport (
@@ -22,6 +25,12 @@ from pageserver.layered_repository.inmemory_layer cimport (
     InMemoryLayer,
     entry_key,
 )
+from pageserver.layered_repository.layer_memory cimport layer_fetch
+from pageserver.layered_repository.memory_pool cimport HUGE_PAGE, MemoryPool
+
+cdef uint64_t NO_MEMORY = 0xFFFFFFFFFFFFFFFFULL
+cdef uint32_t NOT_IN_ORDER = 0xFFFFFFFFU
+cdef uint32_t NOT_STAGED = 0xFFFFFFFFU
 
 cdef extern from *:
     """
@@ -33,6 +42,8 @@ cdef extern from *:
     #include <vector>
 
     namespace {
+
+    struct SortItem { uint64_t key; uint32_t index; };
 
     struct Prefix {
         uint64_t hi, mid;
@@ -101,8 +112,9 @@ cdef extern from *:
 
     }
 
-    /* The result is in *items, which may have changed places with *other. 0, or -1 without memory. */
-    static int sort_by_key(SortItem **items, SortItem **other, uint64_t n)
+    /* Sorts items by their keys. The result is in *items, which may have changed places with *other.
+       0, or -1 without memory. */
+    static int sort_items(SortItem **items, SortItem **other, uint64_t n)
     {
         try { radix_sort(*items, *other, n); return 0; }
         catch (const std::bad_alloc &) { return -1; }
@@ -118,32 +130,69 @@ cdef extern from *:
         catch (const std::bad_alloc &) { return -1; }
     }
 
-    /* Sorts items whose keys are prefix number << 32 | last four bytes. The result is in *items,
-       which may have changed places with *other. 0, or -1 without memory. */
-    static int sort_items(void *table, SortItem **items, SortItem **other, uint64_t n)
+    /* Puts ranks in the place of the numbers of prefixes, the upper halves of the keys. 1 if the
+       keys ascend already, 0 if not, -1 without memory. */
+    static int rank_items(void *table, SortItem *items, uint64_t n)
     {
         try {
             const std::vector<uint32_t> rank = ((PrefixTable *) table)->ranks();
             bool sorted = true;
             for (uint64_t i = 0; i < n; i++) {
-                SortItem &item = (*items)[i];
-                item.key = (uint64_t) rank[item.key >> 32] << 32 | (uint32_t) item.key;
-                if (i && item.key < (*items)[i - 1].key)
+                items[i].key = (uint64_t) rank[items[i].key >> 32] << 32 | (uint32_t) items[i].key;
+                if (i && items[i].key < items[i - 1].key)
                     sorted = false;
             }
-            if (!sorted)
-                radix_sort(*items, *other, n);
-            return 0;
+            return sorted;
         }
         catch (const std::bad_alloc &) { return -1; }
     }
     """
-    void __builtin_prefetch(const void *p) noexcept nogil
-    int sort_by_key(SortItem **items, SortItem **other, uint64_t n) noexcept nogil
+    struct SortItem:
+        uint64_t key
+        uint32_t index
+
+    int sort_items(SortItem **items, SortItem **other, uint64_t n) noexcept nogil
+    int rank_items(void *table, SortItem *items, uint64_t n) noexcept nogil
     void *prefix_table_new() noexcept nogil
     void prefix_table_free(void *table) noexcept nogil
     long long prefix_number(void *table, uint64_t hi, uint64_t mid) noexcept nogil
-    int sort_items(void *table, SortItem **items, SortItem **other, uint64_t n) noexcept nogil
+
+
+cdef inline size_t scratch_size(uint64_t size) noexcept nogil:
+    """Sizes of which there are few, so that the pool has one that fits."""
+    cdef size_t rounded = HUGE_PAGE
+    while rounded < size:
+        rounded *= 2
+    return rounded
+
+
+cdef void *scratch_new(MemoryPool pool, uint64_t size) noexcept nogil:
+    """Memory for a moment, NULL without."""
+    return malloc(size) if size < HUGE_PAGE else pool.take(scratch_size(size))
+
+
+cdef void scratch_free(MemoryPool pool, void *data, uint64_t size) noexcept nogil:
+    if size < HUGE_PAGE:
+        free(data)
+    else:
+        pool.give(data, scratch_size(size))
+
+
+cdef uint64_t collect_items(InMemoryLayer layer, SortItem *items, void *table) noexcept nogil:
+    """Fill in the entries below the layer's end LSN; their number, NO_MEMORY without."""
+    cdef uint64_t i, n = 0
+    cdef const Entry *entry
+    cdef long long number
+    for i in range(layer.n_entries):
+        entry = layer.entry_at(i)
+        if entry.lsn < layer.end_lsn:
+            number = prefix_number(table, entry.hi, entry.mid >> 16)
+            if number < 0:
+                return NO_MEMORY
+            items[n].key = <uint64_t> number << 32 | (entry.mid & 0xFFFF) << 16 | entry.lo
+            items[n].index = <uint32_t> i
+            n += 1
+    return n
 
 
 cdef uint32_t *sorted_entries(InMemoryLayer layer, uint64_t *count) noexcept nogil:
@@ -151,46 +200,43 @@ cdef uint32_t *sorted_entries(InMemoryLayer layer, uint64_t *count) noexcept nog
 
     NULL without memory; else to be freed by the caller, `count` entries.
     """
-    cdef uint64_t i, n = 0
+    cdef uint64_t i, n = NO_MEMORY, size = (layer.n_entries + 1) * sizeof(SortItem)
     cdef void *table = prefix_table_new()
-    cdef SortItem *items = <SortItem *> malloc((layer.n_entries + 1) * sizeof(SortItem))
-    cdef SortItem *other = <SortItem *> malloc((layer.n_entries + 1) * sizeof(SortItem))
+    cdef SortItem *items = <SortItem *> scratch_new(layer.pool, size)
+    cdef SortItem *other = NULL
     cdef uint32_t *result = NULL
-    cdef Entry *entry
-    cdef long long number
-    cdef bint ok = table != NULL and items != NULL and other != NULL
-    i = 0
-    while ok and i < layer.n_entries:
-        entry = layer.entry_at(i)
-        if entry.lsn < layer.end_lsn:
-            number = prefix_number(table, entry.hi, entry.mid >> 16)
-            ok = number >= 0
-            items[n].key = <uint64_t> number << 32 | (entry.mid & 0xFFFF) << 16 | entry.lo
-            items[n].index = <uint32_t> i
-            n += 1
-        i += 1
-    if ok and (n == 0 or sort_items(table, &items, &other, n) == 0):
-        # `other` has served; it is large enough for the indexes.
-        result = <uint32_t *> other
-        other = NULL
+    cdef int sorted_ = -1
+    if table != NULL and items != NULL:
+        n = collect_items(layer, items, table)
+    if n != NO_MEMORY:
+        sorted_ = rank_items(table, items, n)
+    if sorted_ == 0:
+        other = <SortItem *> scratch_new(layer.pool, size)
+        if other == NULL or sort_items(&items, &other, n) != 0:
+            sorted_ = -1
+    if sorted_ >= 0:
+        result = <uint32_t *> malloc((n + 1) * sizeof(uint32_t))
+    if result != NULL:
         for i in range(n):
             result[i] = items[i].index
         count[0] = n
-    free(items)
-    free(other)
+    scratch_free(layer.pool, items, size)
+    scratch_free(layer.pool, other, size)
     if table != NULL:
         prefix_table_free(table)
     return result
 
 
 cdef enum:
-    FETCH_AHEAD = 8
+    FETCH_AHEAD = 12             # places; entries twice as far
+    MAX_FETCHED = 512            # bytes of a value: the processor fetches on by itself
     STAGE_SIZE = 32 << 20        # bytes of values fetched from the ephemeral file at once
-    STAGE_ENTRIES = 1 << 19      # places in the order this may be for
     BIG_VALUE = 1 << 20          # not worth to stage
+    BUCKET_ENTRIES = 1 << 10     # stages are made of whole buckets of the order
     SORTED = 1                   # `code` once the order is there
 
 
+@no_gc_clear      # __dealloc__ needs the layer's pool
 cdef class FrozenLayerScan:
     """All values of a frozen layer below its end LSN, by key and LSN, the replaced ones left out."""
 
@@ -201,10 +247,12 @@ cdef class FrozenLayerScan:
 
     def __dealloc__(self):
         free(self.order)
-        free(self.staged)
+        free(self.place_of)
+        free(self.spilled)
+        free(self.stages)
         free(self.staged_at)
-        free(self.wanted)
-        free(self.sorting)
+        if self.layer is not None:
+            self.layer.pool.give(self.staged, STAGE_SIZE)
         window_free(&self.window)
 
     cdef int next(self) noexcept nogil:
@@ -222,13 +270,7 @@ cdef class FrozenLayerScan:
             self.at += 1
         if self.at >= self.count:
             return 0
-        # Entries and values lie in the order of the puts: fetch ahead of their use.
-        if self.at + 2 * FETCH_AHEAD < self.count:
-            __builtin_prefetch(self.layer.entry_at(self.order[self.at + 2 * FETCH_AHEAD]))
-            entry = self.layer.entry_at(self.order[self.at + FETCH_AHEAD])
-            self.data = self.layer.values.memory_at(entry.position)
-            __builtin_prefetch(self.data)
-            __builtin_prefetch(self.data + 64)
+        self._fetch_ahead()
         entry = self.layer.entry_at(self.order[self.at])
         self.data = self._value(entry)
         if self.data == NULL:
@@ -241,11 +283,36 @@ cdef class FrozenLayerScan:
         self.at += 1
         return 1
 
+    cdef inline void _fetch_entry(self, uint64_t place) noexcept nogil:
+        if place < self.count:
+            layer_fetch(self.layer.entry_at(self.order[place]), sizeof(Entry))
+
+    cdef inline void _fetch_ahead(self) noexcept nogil:
+        """Entries and values lie in the order of the puts: fetch them ahead of their use."""
+        cdef uint64_t place = self.at + FETCH_AHEAD
+        cdef const Entry *entry
+        self._fetch_entry(place + FETCH_AHEAD)
+        if place < self.count:
+            entry = self.layer.entry_at(self.order[place])
+            layer_fetch(self._place_of_value(place, entry),
+                        entry.size if entry.size < MAX_FETCHED else MAX_FETCHED)
+
+    cdef inline const uint8_t *_place_of_value(self, uint64_t place,
+                                               const Entry *entry) noexcept nogil:
+        """Where the value will be read, to be fetched."""
+        if self.stage_start <= place < self.stage_end and self._is_spilled(entry):
+            return self.staged + self.staged_at[place - self.stage_start]
+        return self.layer.values.memory_at(entry.position)
+
+    cdef inline bint _is_spilled(self, const Entry *entry) noexcept nogil:
+        """Whether the value is fetched from the ephemeral file with those of its stage."""
+        return self.layer.values.file_offset(entry.position) != 0 and entry.size < BIG_VALUE
+
     cdef inline bint _is_replaced(self, uint64_t place) noexcept nogil:
         """Whether a later put of the same key at the same LSN follows."""
         cdef const Entry *entry
         cdef const Entry *following
-        if place + 1 >= self.count:
+        if self.layer.n_replaced == 0 or place + 1 >= self.count:
             return False
         entry = self.layer.entry_at(self.order[place])
         following = self.layer.entry_at(self.order[place + 1])
@@ -257,52 +324,121 @@ cdef class FrozenLayerScan:
 
     cdef const uint8_t *_value(self, const Entry *entry) noexcept nogil:
         """The bytes of the entry at the current place, NULL: see the window."""
-        if self.layer.values.file_offset(entry.position) == 0 or entry.size >= BIG_VALUE:
+        cdef uint32_t staged_at
+        if not self._is_spilled(entry):
             return self._checked(entry)
-        if self.at >= self.stage_end and self._stage() != 0:
+        if self.at >= self.stage_end and self._next_stage() != 0:
             return NULL
-        return self.staged + self.staged_at[self.at - self.stage_start]
+        staged_at = self.staged_at[self.at - self.stage_start]
+        if staged_at == NOT_STAGED:
+            return self._checked(entry)
+        return self.staged + staged_at
 
-    cdef int _stage(self) noexcept nogil:
-        """Fetch values from the current place on as far as there is room; 0, or -1."""
-        cdef uint64_t place, i, n = 0, used = 0
-        cdef const Entry *entry
-        cdef uint64_t offset
-        cdef const uint8_t *data
-        if self.staged == NULL:
-            self.staged = <uint8_t *> malloc(STAGE_SIZE)
-            self.staged_at = <uint32_t *> malloc(STAGE_ENTRIES * sizeof(uint32_t))
-            self.wanted = <SortItem *> malloc(STAGE_ENTRIES * sizeof(SortItem))
-            self.sorting = <SortItem *> malloc(STAGE_ENTRIES * sizeof(SortItem))
-            if self.staged == NULL or self.staged_at == NULL or self.wanted == NULL \
-                    or self.sorting == NULL:
-                self.window.error = ENOMEM
-                return -1
-        self.stage_start = place = self.at
-        while place < self.count and place - self.stage_start < STAGE_ENTRIES:
-            entry = self.layer.entry_at(self.order[place])
-            offset = self.layer.values.file_offset(entry.position)
-            if offset and entry.size < BIG_VALUE and not self._is_replaced(place):
-                if used + entry.size > STAGE_SIZE:
-                    break
-                self.wanted[n].key = offset
-                self.wanted[n].index = <uint32_t> (place - self.stage_start)
-                self.staged_at[place - self.stage_start] = <uint32_t> used
-                used += entry.size
-                n += 1
-            place += 1
-        self.stage_end = place
-        if n and sort_by_key(&self.wanted, &self.sorting, n) != 0:
+    cdef int _next_stage(self) noexcept nogil:
+        """Fetch the values of the stage with the current place; 0, or -1."""
+        cdef uint64_t first
+        cdef int code = 0
+        if self.stages == NULL:
+            code = self._plan_stages()
+        if code != 0:
             self.window.error = ENOMEM
             return -1
-        for i in range(n):
-            place = self.wanted[i].index
-            entry = self.layer.entry_at(self.order[self.stage_start + place])
+        while self.stages[self.stage].end <= self.at:
+            self.stage += 1
+        self.stage_start = self.stages[self.stage - 1].end if self.stage else 0
+        self.stage_end = self.stages[self.stage].end
+        first = self.stages[self.stage - 1].spilled if self.stage else 0
+        return self._fetch_stage(first, self.stages[self.stage].spilled)
+
+    cdef int _fetch_stage(self, uint64_t first, uint64_t last) noexcept nogil:
+        """Fetch the values of the entries [first, last) of `spilled`, which lie in the file so."""
+        cdef uint64_t i, used = 0
+        cdef const Entry *entry
+        cdef const uint8_t *data
+        cdef uint32_t *staged_at
+        for i in range(first, last):
+            if i + FETCH_AHEAD < last:
+                layer_fetch(self.layer.entry_at(self.spilled[i + FETCH_AHEAD]), sizeof(Entry))
+            entry = self.layer.entry_at(self.spilled[i])
+            staged_at = &self.staged_at[self.place_of[self.spilled[i]] - self.stage_start]
+            if used + entry.size > STAGE_SIZE:
+                # Only if a single bucket does not fit.
+                staged_at[0] = NOT_STAGED
+                continue
             data = self._checked(entry)
             if data == NULL:
                 return -1
-            memcpy(self.staged + self.staged_at[place], data, entry.size)
+            memcpy(self.staged + used, data, entry.size)
+            staged_at[0] = <uint32_t> used
+            used += entry.size
         return 0
+
+    cdef int _plan_stages(self) noexcept nogil:
+        """Divide the order into stages and list the entries of each; 0, or -1 without memory."""
+        cdef uint64_t entries = self.layer.n_entries, places, i
+        cdef Bucket *buckets = <Bucket *> calloc(self.count // BUCKET_ENTRIES + 1, sizeof(Bucket))
+        self.staged = <uint8_t *> self.layer.pool.take(STAGE_SIZE)
+        self.place_of = <uint32_t *> malloc(entries * sizeof(uint32_t))
+        self.spilled = <uint32_t *> malloc(self.count * sizeof(uint32_t))
+        self.stages = <Stage *> calloc(self.count // BUCKET_ENTRIES + 1, sizeof(Stage))
+        if buckets != NULL and self.staged != NULL and self.place_of != NULL \
+                and self.spilled != NULL and self.stages != NULL:
+            memset(self.place_of, 0xFF, entries * sizeof(uint32_t))
+            for i in range(self.count):
+                self.place_of[self.order[i]] = <uint32_t> i
+            self._fill_buckets(buckets)
+            places = self._divide(buckets)
+            self._list_spilled(buckets)
+            self.staged_at = <uint32_t *> malloc(places * sizeof(uint32_t))
+        free(buckets)
+        return 0 if self.staged_at != NULL else -1
+
+    cdef inline bint _is_staged(self, uint64_t index, const Entry *entry) noexcept nogil:
+        return self.place_of[index] != NOT_IN_ORDER and self._is_spilled(entry) \
+            and not self._is_replaced(self.place_of[index])
+
+    cdef void _fill_buckets(self, Bucket *buckets) noexcept nogil:
+        """Count what is in the file."""
+        cdef uint64_t i
+        cdef const Entry *entry
+        cdef Bucket *bucket
+        for i in range(self.layer.n_entries):
+            entry = self.layer.entry_at(i)
+            if self._is_staged(i, entry):
+                bucket = &buckets[self.place_of[i] // BUCKET_ENTRIES]
+                bucket.bytes += entry.size
+                bucket.values += 1
+
+    cdef uint64_t _divide(self, Bucket *buckets) noexcept nogil:
+        """Make stages of the buckets; how many places the longest has."""
+        cdef uint64_t i, used = 0, values = 0, start = 0, longest = 0
+        cdef uint32_t stage = 0
+        for i in range((self.count + BUCKET_ENTRIES - 1) // BUCKET_ENTRIES):
+            if used and used + buckets[i].bytes > STAGE_SIZE:
+                stage += 1
+                used = 0
+                start = self.stages[stage - 1].end
+                # Where its list begins; _list_spilled moves it on to the end.
+                self.stages[stage].spilled = values
+            buckets[i].stage = stage
+            used += buckets[i].bytes
+            values += buckets[i].values
+            self.stages[stage].end = (i + 1) * BUCKET_ENTRIES
+            if self.stages[stage].end > self.count:
+                self.stages[stage].end = self.count
+            if self.stages[stage].end - start > longest:
+                longest = self.stages[stage].end - start
+        return longest
+
+    cdef void _list_spilled(self, const Bucket *buckets) noexcept nogil:
+        """List the entries of each stage in the order of the puts, which is that of the file."""
+        cdef uint64_t i
+        cdef Stage *stage
+        for i in range(self.layer.n_entries):
+            if self._is_staged(i, self.layer.entry_at(i)):
+                stage = &self.stages[buckets[self.place_of[i] // BUCKET_ENTRIES].stage]
+                self.spilled[stage.spilled] = <uint32_t> i
+                stage.spilled += 1
 
     cdef int raise_error(self) except -1:
         """Raise why `next` failed: MemoryError; for the ephemeral file OSError, CorruptLayerError."""

@@ -6,6 +6,11 @@ from pageserver.layered_repository.layer_format cimport LEAF_ENTRIES, PACKED_TAR
 from pageserver.layered_repository.layer_leaf_encoder cimport LeafEntry
 from pageserver.layered_repository.layer_output cimport LayerOutput
 
+cdef struct ImageRef:     # a value to add
+    Key key
+    const uint8_t *data
+    uint32_t size
+
 cdef struct Growing:      # bytes in memory
     uint8_t *data
     size_t used, capacity

@@ -14,6 +14,7 @@ from libc.string cimport memcpy, memset
 from pageserver.layered_repository.files import FILES
 from pageserver.layered_repository.inmemory_layer cimport InMemoryLayer
 from pageserver.layered_repository.key cimport (
+    FLAGS_IMAGE,
     KEY_SIZE,
     Key,
     key_bytes,
@@ -136,6 +137,42 @@ cdef class LayerWriter:
         self.raise_error(
             self.add_raw(&parsed, lsn, flags, &data[0] if size else NULL, <uint32_t> size)
         )
+
+    def add_images(self, list keys not None, uint64_t lsn, list values not None):
+        """Append the values of keys at one LSN; a key whose value is None is left out.
+
+        Compresses and writes without the GIL. Raises what `add` does; the values before the failing
+        one are in the file then.
+        """
+        cdef Py_ssize_t i, n = 0
+        cdef bytes value
+        cdef int code = 0
+        cdef ImageRef *images
+        if len(keys) != len(values):
+            raise ValueError(f"{len(keys)} keys and {len(values)} values")
+        images = <ImageRef *> malloc((len(keys) + 1) * sizeof(ImageRef))
+        if images == NULL:
+            raise MemoryError
+        try:
+            for i in range(len(keys)):
+                value = values[i]
+                if value is None:
+                    continue
+                if len(value) > MAX_VALUE_SIZE:
+                    raise ValueError(f"a value of {len(value)} bytes is over {MAX_VALUE_SIZE}")
+                key_parse(&images[n].key, keys[i])
+                images[n].data = <const uint8_t *> <const char *> value
+                images[n].size = <uint32_t> len(value)
+                n += 1
+            with nogil:
+                for i in range(n):
+                    code = self.add_raw(&images[i].key, lsn, FLAGS_IMAGE, images[i].data,
+                                        images[i].size)
+                    if code != 0:
+                        break
+        finally:
+            free(images)
+        self.raise_error(code)
 
     def add_layer(self, InMemoryLayer layer not None):
         """Append all values of a frozen layer below its end LSN; returns their number.

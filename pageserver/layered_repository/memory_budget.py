@@ -1,6 +1,8 @@
 """How much memory the layers of all timelines take, and who gives some back.
 
-Only bookkeeping: the budget knows numbers and says what is to be done, timelines do it.
+Only bookkeeping: the budget knows numbers and says what is to be done, timelines do it. It owns the
+pool through which a layer hands its memory on to a later one; what is kept there, the layers leave
+free below the hard limit.
 
 Protocol
 --------
@@ -24,7 +26,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Hashable
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
+
+from pageserver.layered_repository.memory_pool import MemoryPool
+
+# The pool keeps at most this part of the limit: a half.
+_POOL_PART: Final = 2
 
 T = TypeVar("T", bound=Hashable)
 
@@ -44,6 +51,8 @@ class MemoryBudget(Generic[T]):
         self._frozen_total = 0
         self._room = threading.Condition(threading.Lock())
         self._waiting = 0
+        self._pool_limit = limit // _POOL_PART
+        self.pool = MemoryPool(self._pool_limit)
 
     @property
     def limit(self) -> int:
@@ -65,6 +74,7 @@ class MemoryBudget(Generic[T]):
         """Change the limit."""
         with self._room:
             self._limit = limit
+            self._limit_pool()
             self._wake()
 
     def grown(self, timeline: T, size: int) -> T | None:
@@ -80,8 +90,9 @@ class MemoryBudget(Generic[T]):
     def frozen(self, timeline: T, size: int) -> None:
         """The open layer became a frozen one of `size` bytes; the new open one is empty."""
         with self._room:
-            self._add_frozen(timeline, size)
+            # In this order, so that nothing counts twice.
             self._set_open(timeline, 0)
+            self._add_frozen(timeline, size)
             self._wake()
 
     def flushed(self, timeline: T, size: int) -> None:
@@ -125,6 +136,7 @@ class MemoryBudget(Generic[T]):
             self._open[timeline] = size
         else:
             self._open.pop(timeline, None)
+        self._limit_pool()
 
     def _add_frozen(self, timeline: T, size: int) -> None:
         self._frozen_total += size
@@ -133,6 +145,15 @@ class MemoryBudget(Generic[T]):
             self._frozen[timeline] = left
         else:
             self._frozen.pop(timeline, None)
+        self._limit_pool()
+
+    def _limit_pool(self) -> None:
+        """Layers and pool together keep to the hard limit."""
+        free = self.hard_limit - self._open_total - self._frozen_total
+        limit = max(min(self._limit // _POOL_PART, free), 0)
+        if limit != self._pool_limit:
+            self._pool_limit = limit
+            self.pool.resize(limit)
 
     def _wake(self) -> None:
         if self._waiting and not self._must_wait():

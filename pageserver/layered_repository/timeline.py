@@ -265,6 +265,7 @@ class Timeline:
             start_lsn,
             spill_dir=self.context.spill_dir,
             spill_after=self.settings.spill_after,
+            pool=self.context.resources.memory.pool,
         )
 
     # ---- maintenance

@@ -5,23 +5,27 @@ A position is the number of a chunk << 32 | the offset in it.
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from pageserver.layered_repository.ephemeral_file cimport EphemeralFile, ReadWindow
+from pageserver.layered_repository.memory_pool cimport MemoryPool
 
 cdef enum:
     MAX_VALUE_SIZE = 1 << 30
 
 cdef struct Chunk:
-    uint8_t *data            # zeros once the chunk is in the file
+    uint8_t *data            # of no meaning once the chunk is in the file
     uint64_t in_file         # offset in the file + 1, 0: in memory
     uint32_t used
     uint32_t capacity
     bint spills              # goes to the file when it is full
+    bint lent                # ... and its memory to the next chunk
 
 cdef class ValueChunks:
     cdef EphemeralFile file
+    cdef MemoryPool pool
     cdef uint64_t spill_after
     cdef Chunk *chunks
     cdef uint32_t n_chunks, current
     cdef uint64_t in_memory          # bytes of the chunks that are
+    cdef uint8_t *spare              # memory of a chunk that is in the file, for the next one
     cdef int64_t last_position       # of the value appended last: its CRC is at hand
     cdef uint32_t last_size, last_crc
 

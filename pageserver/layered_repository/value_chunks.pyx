@@ -1,14 +1,16 @@
 """Where the open layer keeps the bytes of its values: chunks in memory, then in a file.
 
 One thread appends, any number of threads read without a lock. A chunk never moves in memory. When a
-chunk beyond the threshold is full it is written to the ephemeral file, and its memory given back;
-the addresses stay and read as zeros. The order makes that safe beside readers: the writer sets
-`Chunk.in_file`, then gives the memory back; a reader copies the value, then looks at `in_file`. If
-that is still 0 the copy is good, else the value is read from the file, where its CRC is checked.
+chunk beyond the threshold is full it is written to the ephemeral file, and the next one takes its
+memory over, which is in the processor's cache then; it stays mapped as long as the layer lives. The
+order makes that safe beside readers: the writer sets `Chunk.in_file`, then reuses the memory; a
+reader copies the value, then looks at `in_file`. If that is still 0 the copy is good, else the value
+is read from the file, where its CRC is checked.
 
 The file is left to the page cache: a layer that is flushed before the system gets round to writing
 the file out never costs the disk anything.
 """
+from cython cimport no_gc_clear
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
@@ -20,20 +22,21 @@ from pageserver.layered_repository.ephemeral_file cimport (
 )
 from pageserver.layered_repository.layer_memory cimport (
     layer_load,
-    layer_map_huge,
     layer_map_pages,
     layer_read_barrier,
     layer_release_pages,
     layer_store,
     layer_unmap_pages,
+    layer_write_barrier,
 )
+from pageserver.layered_repository.memory_pool cimport HUGE_PAGE, MemoryPool
 from zenith_utils.crc32c cimport crc32c_update
 
 cdef enum:
     MAX_CHUNKS = 65536
     PAGE_SIZE = 4096
     FIRST_CHUNK_SIZE = 1 << 18        # what an idle branch takes for a few values stays small
-    CHUNK_SIZE = 2 << 20              # a huge page
+    CHUNK_SIZE = HUGE_PAGE
     OWN_CHUNK_SIZE = 1 << 18          # a value from this size on has a chunk of its own
 
 
@@ -41,6 +44,7 @@ cdef inline uint32_t crc_of(const uint8_t *data, size_t size) noexcept nogil:
     return crc32c_update(0xFFFFFFFFU, data, size) ^ 0xFFFFFFFFU
 
 
+@no_gc_clear      # __dealloc__ needs the pool
 cdef class ValueChunks:
     """Bytes of values. With a `file` not more than about `spill_after` of them are in memory.
 
@@ -48,8 +52,9 @@ cdef class ValueChunks:
     so and the next full chunk tries again.
     """
 
-    def __cinit__(self, EphemeralFile file, uint64_t spill_after):
+    def __cinit__(self, EphemeralFile file, uint64_t spill_after, MemoryPool pool not None):
         self.file = file
+        self.pool = pool
         self.spill_after = spill_after
         self.last_position = -1
 
@@ -59,7 +64,13 @@ cdef class ValueChunks:
         with nogil:
             if self.chunks != NULL:
                 for i in range(self.n_chunks):
-                    layer_unmap_pages(self.chunks[i].data, self.chunks[i].capacity)
+                    if self.chunks[i].lent:
+                        continue
+                    if self.chunks[i].capacity == CHUNK_SIZE:
+                        self.pool.give(self.chunks[i].data, CHUNK_SIZE)
+                    else:
+                        layer_unmap_pages(self.chunks[i].data, self.chunks[i].capacity)
+                self.pool.give(self.spare, CHUNK_SIZE)
                 layer_unmap_pages(self.chunks, MAX_CHUNKS * sizeof(Chunk))
 
     # ---- writer's side
@@ -74,8 +85,11 @@ cdef class ValueChunks:
         if self.n_chunks >= MAX_CHUNKS:
             return -1
         chunk = &self.chunks[self.n_chunks]
-        if capacity == CHUNK_SIZE:
-            chunk.data = <uint8_t *> layer_map_huge(capacity)
+        if self.spare != NULL and capacity == CHUNK_SIZE:
+            chunk.data = self.spare
+            self.spare = NULL
+        elif capacity == CHUNK_SIZE:
+            chunk.data = <uint8_t *> self.pool.take(CHUNK_SIZE)
         else:
             chunk.data = <uint8_t *> layer_map_pages(capacity)
         if chunk.data == NULL:
@@ -122,7 +136,7 @@ cdef class ValueChunks:
     cdef void _spill(self, Chunk *chunk) noexcept nogil:
         """Move a full chunk to the file, if that can be written.
 
-        Readers learn that it is there before the memory goes.
+        Readers learn that it is there before the memory gets another content.
         """
         cdef int64_t offset
         if chunk.in_file:
@@ -131,7 +145,12 @@ cdef class ValueChunks:
         if offset < 0:
             return
         layer_store(&chunk.in_file, <uint64_t> offset + 1)
-        if layer_release_pages(chunk.data, chunk.capacity) == 0:
+        layer_write_barrier()
+        if chunk.capacity == CHUNK_SIZE and self.spare == NULL:
+            chunk.lent = True
+            self.spare = chunk.data
+            self.in_memory -= CHUNK_SIZE
+        elif layer_release_pages(chunk.data, chunk.capacity) == 0:
             self.in_memory -= chunk.capacity
 
     cdef int crc_at(self, int64_t position, uint32_t size, uint32_t *crc) noexcept nogil:
@@ -165,7 +184,7 @@ cdef class ValueChunks:
 
     cdef uint64_t memory(self) noexcept nogil:
         """Bytes of memory taken."""
-        cdef uint64_t total = self.in_memory
+        cdef uint64_t total = self.in_memory + (CHUNK_SIZE if self.spare != NULL else 0)
         if self.n_chunks == 0:
             return 0
         # The first chunk is of ordinary pages, which are there as they are used.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -171,6 +173,25 @@ def test_thread_ends_in_the_middle_of_a_round() -> None:
     leave.set()
     thread.join()
     assert world.task.done == ["a"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no niceness")
+def test_the_thread_leaves_the_processor_to_others() -> None:
+    world = World("a", period="1 ms")
+    found: list[int] = []
+    done = threading.Event()
+
+    def note(handle: Handle) -> None:
+        found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        done.set()
+
+    world.task.fails = note
+    thread = BackgroundThread(world.task, world.timelines)
+    thread.start()
+    assert done.wait(30)
+    thread.ask_to_stop()
+    thread.join()
+    assert found[0] > os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
 
 def test_thread_survives_and_wakes() -> None:

@@ -27,6 +27,7 @@ from batch_unit.redo_pools import (
 
 from pageserver.walredo import RedoRequest, WalRedoClosedError, WalRedoError, WalRedoPool
 from postgres_ffi.distrib import PgDistrib, find_distrib
+from zenith_utils.thread_priority import become_background
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +106,21 @@ def test_kill_during_a_batch_loses_nothing(make_pool: MakePool) -> None:
     os.kill(pid, signal.SIGKILL)
     thread.join()
     assert result == [[page(n) for n in numbers]]
+
+
+def test_a_process_that_a_background_thread_asked_for_is_not_nice(make_pool: MakePool) -> None:
+    pool = make_pool()
+
+    def ask() -> list[bytes]:
+        become_background()
+        return pool.redo([echo(1)])
+
+    thread, outcome = in_thread(ask)
+    thread.join()
+    assert outcome == [[page(1)]]
+    assert [os.getpriority(os.PRIO_PROCESS, pid) for pid in processes(pool)] == [
+        os.getpriority(os.PRIO_PROCESS, 0)
+    ]
 
 
 def test_a_request_that_times_out(make_pool: MakePool) -> None:

@@ -417,3 +417,35 @@ def test_dump(tmp_path: Path) -> None:
     dump_layer.dump(Path(packed.path), out)
     assert "zstd in 1 of 1 blocks of up to 8192 bytes" in out.getvalue()
     assert "no filter" in out.getvalue()
+
+
+def test_images_added_together_are_those_added_one_by_one(tmp_path: Path) -> None:
+    source = random.Random(5)
+    values = [source.choice([None, b"", source.randbytes(8192), bytes(9000)]) for _ in range(300)]
+    keys = [key(number) for number in range(300)]
+    name = LayerName.image(key(0), key(300), 80)
+    one = LayerWriter(tmp_path / "one", TENANT, TIMELINE, compress=True)
+    for k, value in zip(keys, values, strict=True):
+        if value is not None:
+            one.add(k, 80, 1, value)
+    one.finish(name)
+    many = LayerWriter(tmp_path / "many", TENANT, TIMELINE, compress=True)
+    many.add_images(keys[:100], 80, values[:100])
+    many.add_images([], 80, [])
+    many.add_images(keys[100:], 80, values[100:])
+    many.finish(name)
+    assert (tmp_path / "many").read_bytes() == (tmp_path / "one").read_bytes()
+
+
+def test_images_that_cannot_be_added(tmp_path: Path) -> None:
+    writer = LayerWriter(tmp_path / "layer", TENANT, TIMELINE)
+    with pytest.raises(ValueError, match="2 keys and 1 values"):
+        writer.add_images([key(1), key(2)], 80, [b"x"])
+    with pytest.raises(ValueError, match="18 bytes"):
+        writer.add_images([b"short"], 80, [b"x"])
+    with pytest.raises(TypeError):
+        writer.add_images([key(1)], 80, ["text"])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="ascend"):
+        writer.add_images([key(2), key(1)], 80, [b"x", b"y"])
+    writer.abort()
+    assert list(tmp_path.iterdir()) == []

@@ -84,6 +84,18 @@ def test_spilled_values_come_back_and_memory_is_bounded(tmp_path: Path, spill_af
     assert write(layer, tmp_path) == expected
 
 
+def test_a_flush_fetches_spilled_values_in_stages(tmp_path: Path) -> None:
+    # Several stages of many values; then too many bytes for one stage among neighbouring keys.
+    sizes = [15_000] * 5000 + [50_000] * 1500
+    layer, model = filled(tmp_path, sizes)
+    end_lsn = layer.max_lsn + 1
+    for number in range(100):
+        layer.put(key(number), end_lsn + 7, RECORD, bytes(15_000))
+    layer.freeze(end_lsn, 0)
+    expected = [(key(number), *version) for number in sorted(model) for version in model[number]]
+    assert write(layer, tmp_path) == expected
+
+
 def test_values_are_read_while_their_chunk_moves_to_the_file(tmp_path: Path) -> None:
     # Large values, the newest ones read: their chunk is full and moves with the next batch.
     size, group, batches = 200_000, 10, 120
