@@ -87,10 +87,14 @@ def test_l0_deltas_are_merged_at_the_threshold_or_on_demand() -> None:
 
 def test_l0_deltas_below_the_cutoff_are_merged_when_all_is_quiet() -> None:
     layers = [l0(1, 10), l0(10, 20)]
-    assert chosen(layers, cutoff=18) == [(1, 10)]
     assert chosen(layers, cutoff=19) == [(1, 10), (10, 20)]
-    assert chosen(layers, cutoff=8) == []
+    assert chosen(layers, cutoff=9) == [(1, 10)]
     assert chosen(layers, cutoff=19, quiet=False) == []
+    # One that reaches beyond the cutoff is worth it if a split of it would be.
+    assert chosen(layers, cutoff=10) == [(1, 10), (10, 20)]
+    assert chosen([l0(10, 120)], cutoff=19) == []
+    assert chosen([l0(10, 120)], cutoff=20) == [(10, 120)]
+    assert chosen([l0(10, 120)], cutoff=20, quiet=False) == []
 
 
 def test_no_merge_across_a_gap_that_another_delta_fills() -> None:
@@ -198,8 +202,13 @@ def test_deltas_are_garbage_once_they_outweigh_the_image(
     assert made(delta(1000, 2000, 20, 91, int(size * 0.9)), False) == []
     assert made(delta(1000, 2000, 20, 91, max(int(size * 0.12), MIB + 9)), True) == [1000]
     assert made(delta(1000, 2000, 20, 91, MIB - 9), True) == []
-    # Changes that reach beyond the cutoff stay anyway.
-    assert made(delta(1000, 2000, 20, 92, size * 9), True) == []
+    # What is beyond the cutoff stays anyway.
+    assert made(delta(1000, 2000, 91, 92, size * 9), True) == []
+    # Of a delta that reaches beyond it, what a split would drop counts, if one would be due.
+    assert made(delta(1000, 2000, 20, 162, size * 9), False) == []
+    assert made(delta(1000, 2000, 20, 161, size * 9), False) == [1000]
+    assert made(delta(1000, 2000, 20, 20 + 71 * 10, int(size * 1.5) * 10), True) == [1000]
+    assert made(delta(1000, 2000, 20, 20 + 71 * 11, int(size * 1.5) * 11), True) == []
 
 
 def test_without_changes_nothing_is_due_however_the_borders_move() -> None:
