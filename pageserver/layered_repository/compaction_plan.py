@@ -10,6 +10,9 @@ of what goes, less the size of the new image. What a split is worth is the size 
 its price is the writing of what stays. All has to be estimated from what is known without reading
 layers: the sizes of their files, how many keys an image has, and which keys live.
 
+- While WAL comes in, the cutoff moves, and a delta that reaches beyond it will soon be wholly
+  below: it is split in quiet times only. Retained points stay where they are, so what is between
+  them is not waited for.
 - The bytes of a delta are spread evenly over its LSN range. If they are not, a split may gain
   nothing, but only once: no garbage is left in the LSN ranges of the new deltas, so they are not
   due before the cutoff or the retained points have moved.
@@ -52,6 +55,7 @@ from pageserver.layered_repository.layer_split import MAX_PIECES
 from pageserver.layered_repository.partitioning import Part, Partitioning
 
 PAGE_IN_LAYER: Final = 8192 + 64  # a page with its share of block header and index
+_FILE_OVERHEAD: Final = 400  # bytes of a file beside its values, about
 MIN_GARBAGE: Final = 1 << 20  # bytes; less is not worth an image, nor any splits
 MAX_MERGED: Final = 64  # L0 deltas in one merge: bounds its memory and the room it takes on disk
 _BUSY_SHARE: Final = 1.0
@@ -70,10 +74,11 @@ def l0_to_compact(
 ) -> list[L]:
     """The L0 deltas to merge next, oldest first; empty if there is nothing to do.
 
-    All of them if there are `threshold`, or by `force`; with fewer, in a `quiet` timeline, those
-    that begin at or below the GC cutoff, so that garbage in them can go, unless a split of them
-    would not pay. While WAL comes in these wait for the threshold: merged one by one they would
-    make stacks of small deltas.
+    All of them if there are `threshold`, or by `force`. With fewer, in a `quiet` timeline, all of
+    them if they take more than a tenth of what the other layers take, and 1 MiB, for they are not
+    compressed; else those that begin at or below the GC cutoff, so that garbage in them can go,
+    unless a split of them would not pay. While WAL comes in they wait for the threshold: merged one
+    by one they would make stacks of small deltas.
 
     The result is one run without a gap in LSN that other deltas reach into: its merge claims to
     hold every change between its first and its last LSN. It has at most 64 layers; what is left is
@@ -82,7 +87,12 @@ def l0_to_compact(
     layers = list(layer_map)
     due = sorted(filter(_is_l0, layers), key=lambda layer: (layer.start_lsn, layer.end_lsn))
     if not force and len(due) < threshold:
-        due = [layer for layer in due if quiet and _below(layer, cutoff, _QUIET_SHARE)]
+        size = sum(layer.size for layer in due)
+        others_size = sum(layer.size for layer in layers) - size
+        if not quiet:
+            due = []
+        elif size <= max(_QUIET_SHARE * others_size, MIN_GARBAGE):
+            due = [layer for layer in due if _below(layer, cutoff, _QUIET_SHARE)]
     chosen = set(due)
     others = [x for x in layers if not x.is_image and x not in chosen]
     run: list[L] = []
@@ -149,7 +159,7 @@ def garbage_images_due(
     retained = sorted({point for point in points if point < cutoff})
     share = _QUIET_SHARE if quiet else _BUSY_SHARE
     for layer in layers:
-        if layer.start_lsn > cutoff or _is_l0(layer):
+        if _is_l0(layer) or not _in_reach(layer, cutoff, quiet):
             continue
         if not layer.is_image:
             freed = _freed_of_delta(layer, estimate.coverage, retained, cutoff, share)
@@ -190,10 +200,10 @@ def splits_due(
 ) -> list[Split[L]]:
     """The deltas to be written anew without garbage inside them.
 
-    Those of which more bytes can go than stay (`quiet`: a tenth of those), if that is 1 MiB in all.
-    `points` are the LSNs retained below the cutoff. A delta of which all can go is none of them: it
-    is left to GC. There are at most 16 new deltas of one; if it has more ranges of garbage the
-    largest ones go.
+    Those of which more bytes can go than stay (`quiet`: a tenth of these, and also of deltas that
+    reach beyond the cutoff), if that is more than 1 MiB in all. `points` are the LSNs retained
+    below the cutoff. A delta of which all can go is none of them: it is left to GC. There are at
+    most 16 new deltas of one; if it has more ranges of garbage the largest ones go.
     """
     layers = list(layer_map)
     coverage = ImageCoverage(layers)
@@ -202,7 +212,7 @@ def splits_due(
     splits = []
     freed = 0
     for layer in layers:
-        if layer.is_image or layer.start_lsn > cutoff or _is_l0(layer):
+        if layer.is_image or _is_l0(layer) or not _in_reach(layer, cutoff, quiet):
             continue
         ranges = unneeded_ranges(layer, coverage, retained, cutoff)
         ranges.sort(key=lambda x: x[0] - x[1])
@@ -221,6 +231,14 @@ def _below(layer: SizedLayer, cutoff: int, share: float) -> bool:
     return layer.start_lsn < end and _pays(
         _bytes_in(layer, [(layer.start_lsn, end)]), layer.size, share
     )
+
+
+def _in_reach(layer: LayerRange, cutoff: int, quiet: bool) -> bool:
+    """Whether garbage in the layer is to go now.
+
+    While WAL comes in, the cutoff moves on: what reaches beyond it will soon go without a split.
+    """
+    return layer.start_lsn <= cutoff if quiet else lowest_cover(layer) <= cutoff
 
 
 def _pays(dropped: int, size: int, share: float) -> bool:
@@ -278,7 +296,8 @@ class _GarbageEstimate(Generic[L]):
         if image_keys is not None:
             known.update((layer, image_keys(layer)) for layer in layers if layer.is_image)
         total = sum(known.values())
-        average = sum(image.size for image in known) / total if total else PAGE_IN_LAYER
+        sizes = sum(max(image.size - _FILE_OVERHEAD, 0) for image in known)
+        average = sizes / total if total else PAGE_IN_LAYER
         key_sizes: dict[L | None, float] = {None: average}
         for image, (in_image, live) in keys.items():
             alive = min(in_image, live)

@@ -353,7 +353,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.put_batches(branch, data, 2, "flush")
         if hold:
             self.begin_read(branch, branch.last_lsn)
-            self.put_batches(branch, data, 1, "flush")
+            self.put_batches(branch, data, 2, "flush")
         self.compact_all(branch)
         self.move_cutoff(branch, back)
         if hold:

@@ -88,8 +88,10 @@ def test_what_gc_deletes_whole_and_l0_deltas_are_not_split() -> None:
 
 def test_a_busy_timeline_gains_more_than_it_writes_a_quiet_one_a_tenth() -> None:
     straddling = delta(0, 9, 101, 201)
-    assert due([straddling, image(150)], 150, quiet=False) == []
-    assert due([straddling, image(151)], 151, quiet=False) == [((152, 201),)]
+    assert due([straddling, image(200)], 200, 150, quiet=False) == []
+    assert due([straddling, image(200)], 200, 149, quiet=False) == [((101, 150),)]
+    # What the cutoff will have passed soon needs no split.
+    assert due([straddling, image(199)], 199, quiet=False) == []
     assert due([straddling, image(109)], 109) == []
     assert due([straddling, image(110)], 110) == [((111, 201),)]
 
