@@ -174,9 +174,11 @@ class Compactor:
         timeline = self._timeline
         # First the cutoff, then the points: what is retained later is at or above this cutoff.
         cutoff = timeline.latest_gc_cutoff_lsn
-        due = splits_due(
-            timeline.view.layers, cutoff=cutoff, points=timeline.retain_points(), quiet=quiet
-        )
+        layers = timeline.view.layers
+        if not any(layer.start_lsn < cutoff and not layer.is_image for layer in layers):
+            return 0
+        points = timeline.retain_points()
+        due = splits_due(layers, cutoff=cutoff, points=points, quiet=quiet)
         if due:
             persist_cutoff(timeline)
         for split in due:

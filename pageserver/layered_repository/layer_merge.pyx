@@ -303,7 +303,7 @@ cdef class Merge:
 
 def merge_layers(layers, new_writer, *, uint64_t target_size, uint64_t start_lsn, uint64_t end_lsn,
                  stop):
-    """Merge deltas of one key range; returns (FinishedFile, LayerName) of the new ones, in key order.
+    """Merge deltas of one key range; returns (FinishedFile, LayerName) of the new, in key order.
 
     No other delta may have changes in a gap between the LSN ranges of the layers: the new files
     claim to have all changes in [start_lsn, end_lsn), which is the union of these ranges. Each is

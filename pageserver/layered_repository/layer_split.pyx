@@ -149,9 +149,9 @@ def split_layer(layer, keep, new_writer, *, stop):
     durable, under the temporary name that its writer, made by `new_writer`, was given. All of the
     layer is verified, also what is dropped.
 
-    The GIL is released for the bulk of the work, and `stop` asked about every 20 ms: TimelineStopped
-    if it says so. Raises ValueError for ranges or a layer that do not fit, CorruptLayerError,
-    LayerGoneError, OSError; what was written is removed then.
+    The GIL is released for the bulk of the work, and `stop` asked about every 20 ms:
+    TimelineStopped if it says so. Raises ValueError for ranges or a layer that do not fit,
+    CorruptLayerError, LayerGoneError, OSError; what was written is removed then.
     """
     cdef Split split
     if layer.is_image or layer.name.is_l0:

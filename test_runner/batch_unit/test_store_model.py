@@ -471,4 +471,4 @@ def test_store_equals_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
     )
     # It has been where garbage is cut out of deltas.
-    assert EXAMPLES or (len(kept) > 50 and max(kept) > 1)
+    assert EXAMPLES or (len(kept) > 20 and max(kept) > 1)
