@@ -19,9 +19,9 @@ layers: the sizes of their files, how many keys an image has, and which keys liv
 - A file goes when *all* of its key range is covered. Its size, or what a split that would be due
   then drops of it, is charged to those parts that still have to get an image for that, in
   proportion to the live keys of its range in each: where in its range a file has its bytes is not
-  known. A part that gets an image is no longer charged for
-  anything; its share goes to the parts that remain, and the last one is charged with all of it. So
-  garbage that straddles parts is collected in the end, and no part is due for ever because of it.
+  known. A part that gets an image is no longer charged for anything; its share goes to the parts
+  that remain, and the last one is charged with all of it. So garbage that straddles parts is
+  collected in the end, and no part is due for ever because of it.
 - What retained points below the cutoff hold does not go, and what images cover already goes by
   itself: nobody is charged for either.
 - The new image will have the bytes of today's images for the keys that still live, file by file:
