@@ -19,11 +19,12 @@ class CompactionTask:
         return conf.compaction_period
 
     def state(self, handle: TimelineHandle, conf: TenantConf) -> Any:
-        """Layers, GC cutoff, settings; and the WAL, as more is done for a timeline at rest."""
+        """Layers, GC cutoff, leases, settings; and the WAL: more is done for a timeline at rest."""
         timeline = handle.timeline
         return (
             timeline.view.layers,
             timeline.latest_gc_cutoff_lsn,
+            handle.leases.lsns(),
             timeline.last_record_lsn,
             timeline.disk_consistent_lsn,
             conf,

@@ -7,9 +7,25 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pageserver.layered_repository.gc_plan import GcResult, plan_gc
+from zenith_utils.lsn import Lsn
 
 if TYPE_CHECKING:
     from pageserver.layered_repository.timeline import Timeline
+
+
+def persist_cutoff(timeline: Timeline) -> Lsn:
+    """Make the published cutoff durable; returns it. Raises OSError.
+
+    Before anything is deleted that only reads below it need: after a crash nobody may believe that
+    what is gone can be read, or begin a branch there.
+    """
+    cutoff = timeline.latest_gc_cutoff_lsn
+    timeline.metadata.update(
+        lambda metadata: replace(
+            metadata, latest_gc_cutoff_lsn=max(cutoff, metadata.latest_gc_cutoff_lsn)
+        )
+    )
+    return cutoff
 
 
 def collect(timeline: Timeline, points: Sequence[int]) -> GcResult:
@@ -19,15 +35,7 @@ def collect(timeline: Timeline, points: Sequence[int]) -> GcResult:
     """
     measured = timeline.context.resources.measure("gc", timeline)
     with timeline.maintenance.turn(wait=True), measured:
-        cutoff = timeline.latest_gc_cutoff_lsn
-        # Durable before the first deletion: after a crash nobody may believe that what is gone can
-        # be read, or begin a branch there.
-        timeline.metadata.update(
-            lambda metadata: replace(
-                metadata,
-                latest_gc_cutoff_lsn=max(cutoff, metadata.latest_gc_cutoff_lsn),
-            )
-        )
+        cutoff = persist_cutoff(timeline)
         # What the plan finds missing must stay missing: a tombstone may go if nothing is left below
         # it, and if that came back after a crash deleted keys would too.
         timeline.maintenance.sync_removals()

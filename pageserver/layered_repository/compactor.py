@@ -1,4 +1,4 @@
-"""Executes the compaction of a timeline: merges of L0 deltas, then image layers."""
+"""Executes the compaction of a timeline: merges of L0 deltas, then image layers, then splits."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from pageserver.layered_repository.collector import persist_cutoff
 from pageserver.layered_repository.compaction_plan import (
+    Split,
     garbage_images_due,
     images_due,
     l0_to_compact,
+    splits_due,
 )
 from pageserver.layered_repository.errors import LsnNotReadable, TimelineStopped
 from pageserver.layered_repository.image_writer import write_image
 from pageserver.layered_repository.layer_file import LayerFile
-from pageserver.layered_repository.layer_merge import merge_layers
-from pageserver.layered_repository.layer_name import MAX_KEY, MIN_KEY
+from pageserver.layered_repository.layer_merge import FinishedFile, merge_layers
+from pageserver.layered_repository.layer_name import MAX_KEY, MIN_KEY, LayerName
+from pageserver.layered_repository.layer_split import split_layer
 from pageserver.layered_repository.layer_writer import LayerWriter
 from pageserver.layered_repository.partitioning import Part, Partitioning, partition
 from pageserver.layered_repository.timeline_dir import FinishedLayer
@@ -35,7 +39,7 @@ _MAX_BACKOFF: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class CompactionResult:
-    """What a round did: L0 deltas merged, files made of them, image layers made.
+    """What a round did: L0 deltas merged, files made of them, image layers made, deltas split.
 
     done: nothing is left to do until something changes. Not so after a round that did something,
     which may make more work, or could not take place, or came while WAL was coming in.
@@ -44,6 +48,7 @@ class CompactionResult:
     l0_merged: int = 0
     deltas_written: int = 0
     images_written: int = 0
+    deltas_split: int = 0
     done: bool = True
 
 
@@ -99,10 +104,18 @@ class Compactor:
         return (
             timeline.view.layers,
             timeline.latest_gc_cutoff_lsn,
+            self._held_below_cutoff(),
             timeline.settings,
             quiet,
             self._ancestors_are_back(),
         )
+
+    def _held_below_cutoff(self) -> frozenset[int]:
+        """Where somebody still reads below the cutoff: garbage when he ends."""
+        timeline = self._timeline
+        # A copy made in one step: threads add and remove entries meanwhile.
+        pins = list(timeline.pins.values())
+        return frozenset(lsn for lsn in pins if lsn < timeline.latest_gc_cutoff_lsn)
 
     def _round(self, keyspace: Keyspace, *, force: bool, quiet: bool) -> CompactionResult:
         merged, deltas = self._merge_l0(force=force, quiet=quiet)
@@ -113,8 +126,10 @@ class Compactor:
         except LsnNotReadable as error:
             # The cutoff was moved on meanwhile; the next round works with the new one.
             log.debug("timeline %s: no images: %s", self._timeline.timeline_id, error)
+        split = self._split_deltas(quiet=quiet)
         # Once the timeline is at rest more is worth doing.
-        return CompactionResult(merged, deltas, images, done=quiet and not (merged or images))
+        done = quiet and not (merged or images or split)
+        return CompactionResult(merged, deltas, images, split, done)
 
     # ---- L0 to L1
 
@@ -141,7 +156,7 @@ class Compactor:
     def _merge(self, inputs: Sequence[LayerFile]) -> int:
         """Put what is in some L0 deltas into new files; how many."""
         timeline = self._timeline
-        merged_files = merge_layers(
+        merged = merge_layers(
             inputs,
             self._new_writer,
             target_size=timeline.settings.target_size,
@@ -149,10 +164,42 @@ class Compactor:
             end_lsn=max(layer.end_lsn for layer in inputs),
             stop=lambda: timeline.maintenance.stopping,
         )
-        self._install(
-            [FinishedLayer(file.path, file.size, name) for file, name in merged_files], inputs
+        self._replace(inputs, merged)
+        return len(merged)
+
+    # ---- splits
+
+    def _split_deltas(self, *, quiet: bool) -> int:
+        """Write deltas anew without the garbage inside them; how many."""
+        timeline = self._timeline
+        # First the cutoff, then the points: what is retained later is at or above this cutoff.
+        cutoff = timeline.latest_gc_cutoff_lsn
+        layers = timeline.view.layers
+        if not any(layer.start_lsn < cutoff and not layer.is_image for layer in layers):
+            return 0
+        points = timeline.retain_points()
+        due = splits_due(layers, cutoff=cutoff, points=points, quiet=quiet)
+        if due:
+            persist_cutoff(timeline)
+        for split in due:
+            timeline.maintenance.check_not_stopping()
+            with timeline.context.resources.measure("compact", timeline):
+                self._split(split)
+        return len(due)
+
+    def _split(self, split: Split[LayerFile]) -> None:
+        timeline = self._timeline
+        pieces = split_layer(
+            split.layer, split.keep, self._new_writer, stop=lambda: timeline.maintenance.stopping
         )
-        return len(merged_files)
+        self._replace([split.layer], pieces)
+
+    # ---- files
+
+    def _replace(
+        self, layers: Sequence[LayerFile], files: Sequence[tuple[FinishedFile, LayerName]]
+    ) -> None:
+        self._install([FinishedLayer(file.path, file.size, name) for file, name in files], layers)
 
     def _install(self, finished: Sequence[FinishedLayer], remove: Sequence[LayerFile]) -> None:
         """Put new layers in place of others: durable names, readers' view, deletions."""

@@ -9,6 +9,10 @@ such `r` decides: the images that cover the layer there do so at every higher on
 
 No layer that some read needs satisfies this, whatever else exists. So it does not matter in which
 order the layers go, nor if only some of them do, nor if layers overlap.
+
+The same rule says which LSN ranges of a delta are of no use although all of it is: it could be cut
+into deltas of which some may go. Between one read and the next it is of no use up to the lowest of
+the images that its keys are read from. Compaction splits deltas there; see `unneeded_ranges`.
 """
 
 from __future__ import annotations
@@ -120,6 +124,27 @@ class ImageCoverage(Generic[L]):
         """Whether images at or below `upper` make the layer superfluous for reads at `upper`."""
         span = self.segments(layer.key_start, layer.key_end)
         return min(self.newest_lsns(upper)[span.start : span.stop]) >= lowest_cover(layer)
+
+
+def unneeded_ranges(
+    layer: L, coverage: ImageCoverage[L], retained: Sequence[int], cutoff: int
+) -> list[tuple[int, int]]:
+    """The LSN ranges [start, end) of a delta that `plan_gc` would let go as layers of their own.
+
+    They ascend; `retained` are the points below the cutoff, ascending. Whoever drops what is in
+    them makes the cutoff durable first, as for the deletion of layers.
+    """
+    span = coverage.segments(layer.key_start, layer.key_end)
+    ranges: list[tuple[int, int]] = []
+    start = layer.start_lsn
+    for read in (*retained[bisect_left(retained, start) :], cutoff):
+        if start >= layer.end_lsn:
+            break
+        end = min(min(coverage.newest_lsns(read)[span.start : span.stop]) + 1, layer.end_lsn)
+        if start < end:
+            ranges.append((start, end))
+        start = max(start, read + 1)
+    return ranges
 
 
 def lowest_cover(layer: LayerRange) -> int:

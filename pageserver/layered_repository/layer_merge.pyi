@@ -6,7 +6,7 @@ from pageserver.layered_repository.layer_name import LayerName
 from pageserver.layered_repository.layer_writer import LayerWriter
 
 @dataclass(frozen=True, slots=True)
-class MergedFile:
+class FinishedFile:
     path: str
     size: int
 
@@ -18,4 +18,4 @@ def merge_layers(
     start_lsn: int,
     end_lsn: int,
     stop: Callable[[], bool],
-) -> list[tuple[MergedFile, LayerName]]: ...
+) -> list[tuple[FinishedFile, LayerName]]: ...

@@ -26,25 +26,6 @@ from pageserver.layered_repository.layer_name import MAX_KEY, MIN_KEY, LayerName
 from pageserver.layered_repository.layer_scan cimport LayerScan
 from pageserver.layered_repository.layer_writer cimport LayerWriter
 
-cdef extern from "<time.h>" nogil:
-    cdef struct timespec:
-        int64_t tv_sec
-        long tv_nsec
-    int clock_gettime(int clock, timespec *now)
-    int CLOCK_MONOTONIC
-
-cdef enum:
-    SLICE_NS = 20000000          # after so long the caller is asked whether to stop
-    CLOCK_EVERY = 64             # entries between looks at the clock
-
-cdef enum Result:                # of a slice, or of a step in it
-    FINISHED                     # the step is done; of a slice: all inputs are at their end
-    PAUSED
-    CUT                          # the next entry needs a new file
-    READ_FAILED                  # the cursor `failed` says what
-    WRITE_FAILED                 # the writer's `error` says what
-    CONFLICT                     # `failed` and another cursor disagree
-
 cdef struct Head:                # the entry a cursor is at
     Key key
     uint64_t lsn
@@ -54,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class MergedFile:
+class FinishedFile:
     """A finished, durable file under its temporary name, and its bytes."""
 
     path: str
@@ -75,10 +56,24 @@ cdef inline bint head_equal(const Head *a, const Head *b) noexcept nogil:
     return a.lsn == b.lsn and key_equal(&a.key, &b.key)
 
 
-cdef inline int64_t nanoseconds() noexcept nogil:
-    cdef timespec now
-    clock_gettime(CLOCK_MONOTONIC, &now)
-    return now.tv_sec * 1000000000 + now.tv_nsec
+cdef tuple finish_delta(LayerWriter writer, uint64_t start_lsn, uint64_t end_lsn):
+    cdef bytes last = key_bytes(&writer.last)
+    cdef bytes key_end = (int.from_bytes(last, "big") + 1).to_bytes(KEY_SIZE, "big")
+    name = LayerName.delta(key_bytes(&writer.first), key_end, start_lsn, end_lsn)
+    writer.finish(name)
+    return FinishedFile(writer.path, writer.out.position), name
+
+
+cdef int remove_files(list writers, list finished) except -1:
+    cdef LayerWriter writer
+    try:
+        for writer in writers:
+            writer.abort()
+        for files, file, _ in finished:
+            files.unlink(file.path)
+    except OSError as error:
+        log.warning("could not remove the files of a compaction that failed: %s", error)
+    return 0
 
 
 cdef class Merge:
@@ -134,7 +129,7 @@ cdef class Merge:
             if self.writer is not None:
                 self._finish_file(self.end_lsn)
         except BaseException:
-            self._clean_up()
+            remove_files([] if self.writer is None else [self.writer], self.finished)
             raise
         return [(file, name) for _, file, name in self.finished]
 
@@ -165,24 +160,10 @@ cdef class Merge:
 
     cdef int _finish_file(self, uint64_t end_lsn) except -1:
         cdef LayerWriter writer = self.writer
-        cdef bytes last = key_bytes(&writer.last)
-        cdef bytes key_end = (int.from_bytes(last, "big") + 1).to_bytes(KEY_SIZE, "big")
-        name = LayerName.delta(key_bytes(&writer.first), key_end, self.piece_lsn, end_lsn)
-        writer.finish(name)
+        file, name = finish_delta(writer, self.piece_lsn, end_lsn)
         # The writer itself goes, with its buffers: there may be hundreds of files.
-        self.finished.append((writer.out.files, MergedFile(writer.path, writer.out.position), name))
+        self.finished.append((writer.out.files, file, name))
         self.writer = None
-        return 0
-
-    cdef int _clean_up(self) except -1:
-        """Remove what was written; what cannot be removed is a temporary file all the same."""
-        try:
-            if self.writer is not None:
-                self.writer.abort()
-            for files, file, _ in self.finished:
-                files.unlink(file.path)
-        except OSError as error:
-            log.warning("could not remove the files of a merge that failed: %s", error)
         return 0
 
     cdef int _raise(self, int result) except -1:
@@ -322,7 +303,7 @@ cdef class Merge:
 
 def merge_layers(layers, new_writer, *, uint64_t target_size, uint64_t start_lsn, uint64_t end_lsn,
                  stop):
-    """Merge deltas of one key range; returns (MergedFile, LayerName) of the new ones, in key order.
+    """Merge deltas of one key range; returns (FinishedFile, LayerName) of the new, in key order.
 
     No other delta may have changes in a gap between the LSN ranges of the layers: the new files
     claim to have all changes in [start_lsn, end_lsn), which is the union of these ranges. Each is

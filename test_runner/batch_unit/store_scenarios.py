@@ -101,6 +101,20 @@ def garbage(world: World) -> None:
     assert world.collect(cutoff) > 0
 
 
+def split(world: World) -> None:
+    world.configure(image_creation_threshold=1000)
+    world.layers(9, 1, 2, 9, size=100)
+    world.compact()
+    world.branch(OTHER, lsn=24)
+    world.collect(world.histories[MAIN].last_lsn - 32)
+    assert world.compact()[3] > 0
+    # Not durable yet when compaction sees it.
+    world.timeline().publish_gc_cutoff(world.histories[MAIN].last_lsn - 8)
+    assert world.compact()[3] > 0
+    world.detach(OTHER)
+    assert world.collect(world.histories[MAIN].last_lsn - 8) > 0
+
+
 def collect(world: World) -> None:
     assert world.collect(world.histories[MAIN].last_lsn - 16) > 1
     world.end(0, 12)
@@ -135,6 +149,7 @@ SCENARIOS: Final[dict[str, tuple[Callable[[World], None], Callable[[World], None
     "merge": (prepare_deltas, merge),
     "images": (prepare_deltas, images),
     "garbage": (prepare_main, garbage),
+    "split": (prepare_main, split),
     "collect": (prepare_history, collect),
     "tombstones": (prepare_main, collect_tombstones),
     "delete": (prepare_history, delete),

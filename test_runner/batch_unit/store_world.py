@@ -254,17 +254,18 @@ class World:
         history = self.histories[timeline_id]
         return lambda lsn: [(k, key(int.from_bytes(k, "big") + 1)) for k in sorted(history.at(lsn))]
 
-    def compact(self, timeline_id: TimelineId = MAIN) -> tuple[int, int, int]:
-        """All there is to do: L0 deltas merged, deltas made, images made."""
+    def compact(self, timeline_id: TimelineId = MAIN) -> tuple[int, int, int, int]:
+        """All there is to do: L0 deltas merged, deltas made, images made, deltas split."""
         timeline = self.timeline(timeline_id)
-        done = [0, 0, 0]
+        done = [0, 0, 0, 0]
         while True:
             result = timeline.compact(self.keyspace(timeline_id), force=True)
             done[0] += result.l0_merged
             done[1] += result.deltas_written
             done[2] += result.images_written
+            done[3] += result.deltas_split
             if result.done:
-                return done[0], done[1], done[2]
+                return done[0], done[1], done[2], done[3]
 
     def collect(self, cutoff: int, timeline_id: TimelineId = MAIN) -> int:
         """Garbage collection; how many layers went."""

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -14,8 +15,10 @@ from batch_unit.pageserver_support import wait_until
 
 from pageserver.background import BackgroundThread
 from pageserver.layered_repository.errors import TimelineStopped
+from pageserver.maintenance import CompactionTask, GcTask
 from pageserver.tenant_config import TenantConf, effective_conf
 from pageserver.timelines import TimelineHandle
+from zenith_utils.lsn import Lsn
 
 
 @dataclass(eq=False)
@@ -214,3 +217,21 @@ def test_thread_survives_and_wakes() -> None:
     finally:
         thread.ask_to_stop()
         thread.join()
+
+
+def test_garbage_is_looked_for_again_when_a_lease_ends() -> None:
+    leased = {Lsn(80), Lsn(88)}
+    timeline = SimpleNamespace(
+        view=SimpleNamespace(layers=()),
+        latest_gc_cutoff_lsn=Lsn(96),
+        last_record_lsn=Lsn(104),
+        disk_consistent_lsn=Lsn(104),
+    )
+    leases = SimpleNamespace(lsns=lambda: frozenset(leased))
+    handle = cast(TimelineHandle, SimpleNamespace(timeline=timeline, leases=leases))
+    conf = effective_conf({}, {})
+    for task in (CompactionTask(), GcTask()):
+        before = task.state(handle, conf)
+        assert task.state(handle, conf) == before
+        leased.pop()
+        assert task.state(handle, conf) != before

@@ -42,8 +42,8 @@ def key(number: int) -> bytes:
     return number.to_bytes(18, "big")
 
 
-def l0(start_lsn: int, end_lsn: int) -> Layer:
-    return Layer(MIN_KEY, MAX_KEY, start_lsn, end_lsn, False, 100)
+def l0(start_lsn: int, end_lsn: int, size: int = 100) -> Layer:
+    return Layer(MIN_KEY, MAX_KEY, start_lsn, end_lsn, False, size)
 
 
 def delta(start: int, end: int, start_lsn: int, end_lsn: int, size: int = MIB) -> Layer:
@@ -87,10 +87,23 @@ def test_l0_deltas_are_merged_at_the_threshold_or_on_demand() -> None:
 
 def test_l0_deltas_below_the_cutoff_are_merged_when_all_is_quiet() -> None:
     layers = [l0(1, 10), l0(10, 20)]
-    assert chosen(layers, cutoff=18) == [(1, 10)]
     assert chosen(layers, cutoff=19) == [(1, 10), (10, 20)]
-    assert chosen(layers, cutoff=8) == []
+    assert chosen(layers, cutoff=9) == [(1, 10)]
     assert chosen(layers, cutoff=19, quiet=False) == []
+    # One that reaches beyond the cutoff is worth it if a split of it would be.
+    assert chosen(layers, cutoff=10) == [(1, 10), (10, 20)]
+    assert chosen([l0(10, 120)], cutoff=19) == []
+    assert chosen([l0(10, 120)], cutoff=20) == [(10, 120)]
+    assert chosen([l0(10, 120)], cutoff=20, quiet=False) == []
+
+
+def test_l0_deltas_are_merged_when_all_is_quiet_if_they_take_much() -> None:
+    layers = [l0(1, 10, 2 * MIB), l0(10, 20), delta(1, 5, 1, 9, 20 * MIB)]
+    assert chosen(layers) == [(1, 10), (10, 20)]
+    assert chosen(layers, quiet=False) == []
+    assert chosen([*layers, delta(5, 9, 1, 9, 1000)]) == []
+    assert chosen([l0(1, 10, MIB), l0(10, 20, 1)]) == [(1, 10), (10, 20)]
+    assert chosen([l0(1, 10, MIB - 1), l0(10, 20, 1)]) == []
 
 
 def test_no_merge_across_a_gap_that_another_delta_fills() -> None:
@@ -198,8 +211,26 @@ def test_deltas_are_garbage_once_they_outweigh_the_image(
     assert made(delta(1000, 2000, 20, 91, int(size * 0.9)), False) == []
     assert made(delta(1000, 2000, 20, 91, max(int(size * 0.12), MIB + 9)), True) == [1000]
     assert made(delta(1000, 2000, 20, 91, MIB - 9), True) == []
-    # Changes that reach beyond the cutoff stay anyway.
-    assert made(delta(1000, 2000, 20, 92, size * 9), True) == []
+    # What is beyond the cutoff stays anyway.
+    assert made(delta(1000, 2000, 91, 92, size * 9), True) == []
+    # Of a delta that reaches beyond it, what a split would drop counts, if one would be due.
+    assert made(delta(1000, 2000, 20, 92, size * 9), False) == []
+    assert made(delta(1000, 2000, 20, 20 + 71 * 10, int(size * 1.5) * 10), True) == [1000]
+    assert made(delta(1000, 2000, 20, 20 + 71 * 11, int(size * 1.5) * 11), True) == []
+
+
+def test_garbage_inside_a_delta_counts_if_a_split_would_be_due() -> None:
+    base = images(live((0, 5000), lsn=10))
+    partitioning = live((0, 5000), lsn=90)
+    layers = [*base, delta(1000, 2000, 20, 91, 9 * PART_SIZE)]
+    assert collect(layers, partitioning, points=[54])[1] == [1000]
+    assert collect(layers, partitioning, points=[55])[1] == []
+    assert collect(layers, partitioning, points=[55], quiet=True)[1] == [1000]
+    # What a split takes without a new image is no reason for one.
+    assert collect([*layers, *images(live((0, 5000), lsn=89))], partitioning)[1] == []
+    older = images(live((0, 5000), lsn=60))
+    assert collect([*layers, *older], partitioning, points=[50, 62])[1] == [1000]
+    assert collect([*layers, *older], partitioning, points=[50, 70])[1] == []
 
 
 def test_without_changes_nothing_is_due_however_the_borders_move() -> None:

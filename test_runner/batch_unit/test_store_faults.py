@@ -36,6 +36,7 @@ from pageserver.layered_repository.errors import (
 from pageserver.layered_repository.layer_name import MAX_KEY, MIN_KEY, LayerName
 from pageserver.layered_repository.timeline import Timeline
 from pageserver.layered_repository.verify_repository import verify
+from pageserver.leases import LeaseRegistry
 from pageserver.maintenance import CompactionTask
 from pageserver.tenant_config import TenantConf, effective_conf
 from pageserver.timelines import TimelineHandle
@@ -329,6 +330,11 @@ class Handle:
 
     world: World
     timeline: Timeline
+
+    @property
+    def leases(self) -> LeaseRegistry:
+        """None are held."""
+        return LeaseRegistry(self.timeline.check_lsn_readable, {})
 
     def compact(self) -> CompactionResult:
         """One round of compaction."""

@@ -9,7 +9,13 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pageserver.layered_repository.gc_plan import GcPlan, GcResult, plan_gc
+from pageserver.layered_repository.gc_plan import (
+    GcPlan,
+    GcResult,
+    ImageCoverage,
+    plan_gc,
+    unneeded_ranges,
+)
 from pageserver.layered_repository.layer_map import LayerMap
 from pageserver.layered_repository.layer_name import MAX_KEY, MIN_KEY, LayerName
 
@@ -194,6 +200,49 @@ def test_reads_do_not_change_and_nothing_superfluous_stays(
         left = LayerMap(layers).with_changes(remove=gone)
         for key in KEYS:
             for lsn in reads:
+                assert world.read(left, key, lsn) == world.state(key, lsn)
+
+
+@settings(derandomize=True, deadline=None, max_examples=150)
+@given(worlds(), lsns, st.sets(lsns, max_size=4), st.randoms(use_true_random=False))
+def test_splits_drop_what_gc_would_let_go_and_reads_do_not_change(
+    drawn: tuple[World, list[Layer]], cutoff: int, points: set[int], random: object
+) -> None:
+    world, layers = drawn
+    coverage = ImageCoverage(layers)
+    retained = sorted(point for point in points if point < cutoff)
+    pieces: list[Layer] = []
+    split: list[Layer] = []
+    for layer in [x for x in layers if not x.is_image]:
+        start, end = BORDERS.index(layer.key_start), BORDERS.index(layer.key_end)
+        ranges = unneeded_ranges(layer, coverage, retained, cutoff)
+        unneeded = {lsn for first, stop in ranges for lsn in range(first, stop)}
+        assert len(unneeded) == sum(stop - first for first, stop in ranges)
+        for lsn in range(layer.start_lsn, layer.end_lsn):
+            alone = delta(start, end, lsn, lsn + 1)
+            plan = plan_gc(
+                [*(x for x in layers if x.is_image), alone],
+                cutoff=cutoff,
+                points=points,
+                has_ancestor=True,
+                disk_consistent_lsn=LAST_LSN,
+            )
+            assert (lsn in unneeded) == (alone in plan.remove)
+        if ranges:
+            split.append(layer)
+            at = layer.start_lsn
+            for first, stop in [*ranges, (layer.end_lsn, 0)]:
+                if at < first:
+                    pieces.append(world.delta(start, end, at, first))
+                at = stop
+    # After a crash some of the deltas may be back.
+    some = [layer for layer in split if random.random() < 0.5]  # type: ignore[attr-defined]
+    known = {layer.name for layer in layers}
+    new = [layer for layer in pieces if layer.name not in known]
+    for gone in (split, some):
+        left = LayerMap(layers).with_changes(add=new, remove=gone)
+        for key in KEYS:
+            for lsn in {*range(cutoff, LAST_LSN + 1), *points}:
                 assert world.read(left, key, lsn) == world.state(key, lsn)
 
 

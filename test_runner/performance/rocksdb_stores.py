@@ -167,6 +167,11 @@ class ZenithStore:
             self._timeline.checkpoint()
         return times[0], times[1]
 
+    def forget(self, data: DataSet) -> None:
+        """Give up the older half of history."""
+        horizon = data.last_lsn - data.middle_lsn
+        Maintainer(self._timeline, data.keyspace, horizon=horizon).until_at_rest()
+
     def load_and_collect(self, data: DataSet) -> None:
         """The same with compaction all the time, in the end without the older half of history."""
         maintainer = Maintainer(self._timeline, data.keyspace, horizon=None)
@@ -180,8 +185,7 @@ class ZenithStore:
             if number % flush_after == 0:
                 self._timeline.checkpoint()
                 maintainer.round()
-        horizon = data.last_lsn - data.middle_lsn
-        Maintainer(self._timeline, data.keyspace, horizon=horizon).until_at_rest()
+        self.forget(data)
 
     def compact(self) -> None:
         """Bring all history into its best form."""
