@@ -13,16 +13,22 @@ cdef extern from "<pthread.h>" nogil:
 
 cdef struct CachedBlock:     # never changes but for its links, which belong to the shard's lock
     CachedBlock *chain       # of the same bucket
-    CachedBlock *newer       # in the order they came
+    CachedBlock *newer       # in its queue
     CachedBlock *older
     uint64_t file
     uint64_t offset
     int64_t charge           # bytes of memory
     int64_t pins             # of readers, and one of the cache while it keeps the block
-    bint visited             # since the hand passed
+    int hits                 # up to MAX_HITS, less one for each round in the main queue
+    bint is_main             # which queue
     uint32_t size            # of the payload
     LeafView leaf            # of a leaf: the parsed payload
     const uint8_t *payload
+
+cdef struct Queue:
+    CachedBlock *newest
+    CachedBlock *oldest
+    int64_t size             # bytes
 
 cdef struct Totals:
     int64_t count
@@ -34,9 +40,9 @@ cdef struct Shard:           # on cache lines of its own
     pthread_mutex_t mutex
     CachedBlock **buckets
     uint64_t mask
-    CachedBlock *newest
-    CachedBlock *oldest
-    CachedBlock *hand        # NULL: at the oldest
+    uint32_t *evicted        # hashes of blocks that left the first queue, one for each bucket
+    Queue first
+    Queue main
     int64_t limit
     Totals totals
     uint8_t padding[64]

@@ -5,10 +5,11 @@ there. The blocks lie in shards by a hash of the two, each with a lock that is h
 into a bucket or a few steps of eviction, never for I/O or copying, and never while waiting for the
 GIL.
 
-What goes is chosen by SIEVE (Zhang et al., NSDI 2024): blocks stay in the order they came, a hit
-only marks its block, and a hand goes from the oldest to the newest one, takes marks away and takes
-out what has none. So a scan, whose blocks are used once, drives out little of what is used again
-and again.
+What goes is chosen by S3-FIFO (Yang et al., SOSP 2023): new blocks wait in a first queue, for a
+quarter of the room. Those that were found there before they come to its end go over to the main
+queue, where each hit, up to three, is good for another round. The others go, and if they come back
+soon they are in the main queue at once. So a scan, whose blocks are used once, drives out little of
+what is used again and again.
 """
 cimport cython
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
@@ -55,12 +56,19 @@ cdef enum:
     FILE_SLOTS = 1 << 12
     ALLOCATION = 16           # bytes that the allocator adds to a block
     LARGEST_SHARE = 4         # a block takes at most this part of its shard
+    FIRST_SHARE = 4           # and the first queue, unless there is nothing else
+    MAX_HITS = 3
 
 cdef inline uint64_t block_hash(uint64_t file, uint64_t offset) noexcept nogil:
     cdef uint64_t x = (file * 0x9E3779B97F4A7C15ULL) ^ offset
     x = (x ^ (x >> 32)) * 0xD6E8FEB86659FD93ULL
     x = (x ^ (x >> 32)) * 0xD6E8FEB86659FD93ULL
     return x ^ (x >> 32)
+
+
+cdef inline uint32_t block_print(uint64_t h) noexcept nogil:
+    """What tells the blocks of a bucket apart after they have gone; not 0."""
+    return <uint32_t> (h >> 32) | 1
 
 
 cdef uint64_t new_file_number() noexcept nogil:
@@ -103,7 +111,9 @@ cdef class BlockCache:
         for i in range(n):
             shard = &self.shards[i]
             shard.buckets = <CachedBlock **> calloc(buckets, sizeof(CachedBlock *))
-            if shard.buckets == NULL or pthread_mutex_init(&shard.mutex, NULL) != 0:
+            shard.evicted = <uint32_t *> calloc(buckets, sizeof(uint32_t))
+            if shard.buckets == NULL or shard.evicted == NULL \
+                    or pthread_mutex_init(&shard.mutex, NULL) != 0:
                 raise MemoryError
             shard.mask = buckets - 1
             shard.limit = self.limit_of_shard(self.capacity)
@@ -117,9 +127,9 @@ cdef class BlockCache:
         with nogil:
             for i in range(self.n_shards):
                 shard = &self.shards[i]
-                while shard.oldest != NULL:
-                    shard_remove(self.kept, shard, shard.oldest)
+                shard_clear(self.kept, shard)
                 free(shard.buckets)
+                free(shard.evicted)
                 if i < self.n_ready:
                     pthread_mutex_destroy(&shard.mutex)
         free(self.shards)
@@ -153,8 +163,7 @@ cdef class BlockCache:
             for i in range(self.n_shards):
                 shard = &self.shards[i]
                 pthread_mutex_lock(&shard.mutex)
-                while shard.oldest != NULL:
-                    shard_remove(self.kept, shard, shard.oldest)
+                shard_clear(self.kept, shard)
                 pthread_mutex_unlock(&shard.mutex)
 
     cdef Totals totals(self) noexcept nogil:
@@ -184,8 +193,8 @@ cdef class BlockCache:
             block = block.chain
         if block != NULL:
             block_count_pin(&block.pins)
-            if keep:
-                block.visited = True
+            if keep and block.hits < MAX_HITS:
+                block.hits += 1
             shard.totals.hits += 1
         else:
             shard.totals.misses += 1
@@ -211,7 +220,7 @@ cdef class BlockCache:
         block.offset = offset
         block.charge = charge
         block.pins = 2
-        block.visited = False
+        block.hits = 0
         block.size = size
         block.payload = copy
         block.leaf.number = -1
@@ -238,20 +247,14 @@ cdef class BlockCache:
     cdef void forget(self, uint64_t file) noexcept nogil:
         """Drop the blocks of a file that nobody will read again."""
         cdef Shard *shard
-        cdef CachedBlock *block
-        cdef CachedBlock *newer
         cdef int i
         if block_kept(&self.kept[file % FILE_SLOTS]) == 0:
             return
         for i in range(self.n_shards):
             shard = &self.shards[i]
             pthread_mutex_lock(&shard.mutex)
-            block = shard.oldest
-            while block != NULL:
-                newer = block.newer
-                if block.file == file:
-                    shard_remove(self.kept, shard, block)
-                block = newer
+            shard_forget(self.kept, shard, &shard.first, file)
+            shard_forget(self.kept, shard, &shard.main, file)
             pthread_mutex_unlock(&shard.mutex)
 
     cdef void lend(self, int64_t size) noexcept nogil:
@@ -272,30 +275,81 @@ cdef class BlockCache:
 
 # ---- a shard, its lock held
 
-cdef void shard_insert(Shard *shard, CachedBlock *block, uint64_t h) noexcept nogil:
-    block.chain = shard.buckets[h & shard.mask]
-    shard.buckets[h & shard.mask] = block
+cdef void queue_push(Queue *queue, CachedBlock *block) noexcept nogil:
+    """Make it the newest one."""
     block.newer = NULL
-    block.older = shard.newest
-    if shard.newest != NULL:
-        shard.newest.newer = block
+    block.older = queue.newest
+    if queue.newest != NULL:
+        queue.newest.newer = block
     else:
-        shard.oldest = block
-    shard.newest = block
+        queue.oldest = block
+    queue.newest = block
+    queue.size += block.charge
+
+
+cdef void queue_take(Queue *queue, CachedBlock *block) noexcept nogil:
+    """Take a block out, wherever it is."""
+    if block.newer != NULL:
+        block.newer.older = block.older
+    else:
+        queue.newest = block.older
+    if block.older != NULL:
+        block.older.newer = block.newer
+    else:
+        queue.oldest = block.newer
+    queue.size -= block.charge
+
+
+cdef void shard_insert(Shard *shard, CachedBlock *block, uint64_t h) noexcept nogil:
+    cdef uint64_t bucket = h & shard.mask
+    block.chain = shard.buckets[bucket]
+    shard.buckets[bucket] = block
+    block.is_main = shard.evicted[bucket] == block_print(h)
+    queue_push(&shard.main if block.is_main else &shard.first, block)
     shard.totals.size += block.charge
     shard.totals.count += 1
 
 
 cdef void shard_shrink(uint32_t *kept, Shard *shard) noexcept nogil:
-    """Move the hand until the blocks take no more than they may."""
+    """Evict until the blocks take no more than they may."""
     cdef CachedBlock *block
-    while shard.totals.size > shard.limit and shard.oldest != NULL:
-        block = shard.hand if shard.hand != NULL else shard.oldest
-        shard.hand = block.newer
-        if block.visited:
-            block.visited = False
+    cdef uint64_t h
+    while shard.totals.size > shard.limit:
+        if shard.main.oldest == NULL or shard.first.size > shard.limit // FIRST_SHARE:
+            block = shard.first.oldest
+            if block.hits:
+                queue_take(&shard.first, block)
+                block.is_main = True
+                queue_push(&shard.main, block)
+                continue
+            h = block_hash(block.file, block.offset)
+            shard.evicted[h & shard.mask] = block_print(h)
         else:
+            block = shard.main.oldest
+            if block.hits:
+                queue_take(&shard.main, block)
+                block.hits -= 1
+                queue_push(&shard.main, block)
+                continue
+        shard_remove(kept, shard, block)
+
+
+cdef void shard_clear(uint32_t *kept, Shard *shard) noexcept nogil:
+    while shard.first.oldest != NULL:
+        shard_remove(kept, shard, shard.first.oldest)
+    while shard.main.oldest != NULL:
+        shard_remove(kept, shard, shard.main.oldest)
+
+
+cdef void shard_forget(uint32_t *kept, Shard *shard, Queue *queue, uint64_t file) noexcept nogil:
+    """Remove the blocks of a file from a queue."""
+    cdef CachedBlock *block = queue.oldest
+    cdef CachedBlock *newer
+    while block != NULL:
+        newer = block.newer
+        if block.file == file:
             shard_remove(kept, shard, block)
+        block = newer
 
 
 cdef void shard_remove(uint32_t *kept, Shard *shard, CachedBlock *block) noexcept nogil:
@@ -304,16 +358,7 @@ cdef void shard_remove(uint32_t *kept, Shard *shard, CachedBlock *block) noexcep
     while link[0] != block:
         link = &link[0].chain
     link[0] = block.chain
-    if block.newer != NULL:
-        block.newer.older = block.older
-    else:
-        shard.newest = block.older
-    if block.older != NULL:
-        block.older.newer = block.newer
-    else:
-        shard.oldest = block.newer
-    if shard.hand == block:
-        shard.hand = block.newer
+    queue_take(&shard.main if block.is_main else &shard.first, block)
     shard.totals.size -= block.charge
     shard.totals.count -= 1
     block_count_kept(&kept[block.file % FILE_SLOTS], -1)
