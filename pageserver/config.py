@@ -122,6 +122,7 @@ class PageServerConf:
     """Values that one open layer keeps in memory; more of them go to a file."""
     max_file_descriptors: int
     layer_index_memory_limit: int
+    """What the indexes and key filters of open layer files may take."""
     pg_distrib_dir: Path | None
     auth_type: str
     auth_validation_public_key_path: Path | None

@@ -11,14 +11,14 @@ cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_mutex_t:
         pass
 
-cdef struct CachedBlock:     # never changes but for its links, which belong to the shard's lock
+cdef struct CachedBlock:     # the shard's lock is for the links, `hits` and `is_main`
     CachedBlock *chain       # of the same bucket
     CachedBlock *newer       # in its queue
     CachedBlock *older
     uint64_t file
     uint64_t offset
     int64_t charge           # bytes of memory
-    int64_t pins             # of readers, and one of the cache while it keeps the block
+    int64_t pins             # of readers, and one of the cache while it keeps the block; atomic
     int hits                 # up to MAX_HITS, less one for each round in the main queue
     bint is_main             # which queue
     uint32_t size            # of the payload
@@ -53,7 +53,7 @@ cdef class BlockCache:
     cdef int n_shards, n_ready
     cdef uint32_t *kept          # how many blocks of the files of each number modulo FILE_SLOTS
 
-    # The block at an offset of a file, NULL if it is not there; `keep`: it is wanted for longer.
+    # The block at an offset of a file, NULL if it is not there; `keep`: count that for its stay.
     cdef CachedBlock *find(self, uint64_t file, uint64_t offset, bint keep) noexcept nogil
     # Copy a block, NULL if there is no room or no memory for it; `leaf`: its payload is parsed.
     cdef CachedBlock *add(self, uint64_t file, uint64_t offset, const uint8_t *payload,

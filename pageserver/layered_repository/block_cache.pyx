@@ -12,6 +12,7 @@ soon they are in the main queue at once. So a scan, whose blocks are used once, 
 what is used again and again.
 """
 cimport cython
+from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
@@ -88,9 +89,11 @@ cdef void block_release(CachedBlock *block) noexcept nogil:
 
 @cython.final
 cdef class BlockCache:
-    """At most `capacity` bytes of blocks, with all that they take but what a reader has pinned.
+    """The newest and most wanted blocks; safe for many threads.
 
-    0 switches the cache off. The page cache may borrow a part of the capacity.
+    They take at most `capacity` bytes of memory with their overhead, 0 switches the cache off. Not
+    counted are its tables, 3 bytes for each kilobyte, and blocks that have gone but that a reader
+    still has pinned. The page cache may borrow a part of the capacity.
     """
 
     def __cinit__(self, int64_t capacity):
@@ -135,7 +138,7 @@ cdef class BlockCache:
         free(self.shards)
         free(self.kept)
 
-    # ---- for people
+    # ---- from Python
 
     def __len__(self):
         return self.totals().count
@@ -154,6 +157,21 @@ cdef class BlockCache:
     def misses(self):
         """How many were not."""
         return self.totals().misses
+
+    def get(self, uint64_t file, uint64_t offset):
+        """A copy of the payload of a block, None if it is not in the cache."""
+        cdef CachedBlock *block = self.find(file, offset, True)
+        if block == NULL:
+            return None
+        try:
+            return PyBytes_FromStringAndSize(<const char *> block.payload, block.size)
+        finally:
+            block_release(block)
+
+    def put(self, uint64_t file, uint64_t offset, bytes payload not None):
+        """Add the payload of a value block, if there is room."""
+        block_release(self.add(file, offset, <const uint8_t *> <const char *> payload,
+                               <uint32_t> len(payload), False))
 
     def clear(self):
         """Forget all blocks; what readers have stays with them."""

@@ -1,10 +1,10 @@
 """An open layer file: its descriptor, the index of its leaves, its key filter, and lookups.
 
-Blocks are read with pread and their checksum is verified whenever they come from the file: a failing
-disk or a truncated file is an error instead of a signal. What was right then stays in the block
-cache, unpacked, so a lookup of what is read often needs no file. The root, the first key of every
-leaf, and the filter stay in memory as long as the file is open. A lookup needs one leaf and the
-blocks of the values it finds; the neighbours asked for in one batch share them.
+Blocks are read with pread, so a failing disk or a truncated file is an error instead of a signal,
+and the checksum of each one is verified whenever it comes from the file. What was right then is put
+into the block cache, unpacked, and lookups look there first. The root, the first key of every leaf,
+and the filter stay in memory as long as the file is open. A lookup needs one leaf and the blocks of
+the values it finds; the neighbours asked for in one batch share them.
 
 The object never changes, so any number of threads read it at once. The file is closed when the last
 reference goes.

@@ -1,10 +1,10 @@
 """The read path: newest layer to oldest, then the ancestor at the branch point, then redo.
 
-A walk holds the GIL while it looks for its way, a microsecond or so at a time. What a few keys find
-in memory it takes at once, as giving up the GIL would take longer; for more keys, and to read from
-files, it gives it up. It holds no lock: what it reads belongs to the view of the
-timeline that it took. A layer file of that view may be deleted before the walk opens it, because
-others have taken its place; then there is a newer view, and the read starts again with that.
+A walk holds the GIL while it looks for its way, a microsecond or so at a time, and while it takes
+what a few keys find in memory: giving it up would take longer. It gives it up for more keys, and to
+read from files. It holds no lock: what it reads belongs to the view of the timeline that it took. A
+layer file of that view may be deleted before the walk opens it, because others have taken its
+place; then there is a newer view, and the read starts again with that.
 """
 from collections.abc import Callable, Sequence
 

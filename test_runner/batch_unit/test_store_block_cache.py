@@ -22,10 +22,104 @@ from pageserver.layered_repository.read_batch import ReadBatch
 from pageserver.layered_repository.repository import Repository
 from pageserver.layered_repository.resources import StoreResources, new_caches
 from pageserver.layered_repository.settings import StoreSettings
+from pageserver.metrics import PageserverMetrics
 from zenith_utils.ids import TenantId, TimelineId
 
 KEYS = 400
 HEADER = 256
+Place = tuple[int, int]
+
+
+class PlainCache:
+    """What a BlockCache of one shard is, in plain Python."""
+
+    def __init__(self, capacity: int) -> None:
+        probe = BlockCache(1 << 20)
+        probe.put(1, 1, b"")
+        self.overhead = probe.size
+        self.capacity = capacity
+        self.buckets = 16
+        while self.buckets * 4096 < capacity:
+            self.buckets *= 2
+        self.first: dict[Place, bytes] = {}
+        self.main: dict[Place, bytes] = {}
+        self.hits: dict[Place, int] = {}
+        self.evicted: dict[int, int] = {}
+
+    def size(self, queue: dict[Place, bytes]) -> int:
+        """Bytes that a queue takes."""
+        return sum(self.overhead + len(payload) for payload in queue.values())
+
+    def bucket_and_print(self, place: Place) -> tuple[int, int]:
+        """The hash of a block in two parts."""
+        mask = (1 << 64) - 1
+        x = (place[0] * 0x9E3779B97F4A7C15 & mask) ^ place[1]
+        for _ in range(2):
+            x = (x ^ x >> 32) * 0xD6E8FEB86659FD93 & mask
+        x ^= x >> 32
+        return x % self.buckets, x >> 32 | 1
+
+    def get(self, place: Place) -> bytes | None:
+        """The payload of a block."""
+        for queue in (self.first, self.main):
+            if place in queue:
+                self.hits[place] = min(self.hits[place] + 1, 3)
+                return queue[place]
+        return None
+
+    def put(self, place: Place, payload: bytes) -> None:
+        """Add a block."""
+        if self.overhead + len(payload) > self.capacity // 4:
+            return
+        if place in self.first or place in self.main:
+            return
+        bucket, mark = self.bucket_and_print(place)
+        queue = self.main if self.evicted.get(bucket) == mark else self.first
+        queue[place] = payload
+        self.hits[place] = 0
+        while self.size(self.first) + self.size(self.main) > self.capacity:
+            self.turn()
+
+    def turn(self) -> None:
+        """One step of eviction."""
+        if not self.main or self.size(self.first) > self.capacity // 4:
+            place, payload = next(iter(self.first.items()))
+            del self.first[place]
+            if self.hits[place]:
+                self.main[place] = payload
+            else:
+                bucket, mark = self.bucket_and_print(place)
+                self.evicted[bucket] = mark
+            return
+        place, payload = next(iter(self.main.items()))
+        del self.main[place]
+        if self.hits[place]:
+            self.hits[place] -= 1
+            self.main[place] = payload
+
+
+@settings(derandomize=True, deadline=None, max_examples=150)
+@given(
+    st.sampled_from([0, 2000, 4000, 9000, 40_000]),
+    st.lists(
+        st.tuples(st.booleans(), st.integers(1, 3), st.integers(0, 9).map(lambda n: n * n * n)),
+        max_size=150,
+    ),
+)
+def test_it_equals_a_plain_one(capacity: int, calls: list[tuple[bool, int, int]]) -> None:
+    cache, plain = BlockCache(capacity), PlainCache(capacity)
+    for is_put, file, offset in calls:
+        if is_put:
+            payload = b"%d %d;" % (file, offset) * (1 + offset % 70)
+            cache.put(file, offset, payload)
+            plain.put((file, offset), payload)
+        else:
+            assert cache.get(file, offset) == plain.get((file, offset))
+        assert cache.size == plain.size(plain.first) + plain.size(plain.main) <= capacity
+        assert len(cache) == len(plain.first) + len(plain.main)
+    for file in range(1, 4):
+        for offset in (n * n * n for n in range(10)):
+            assert cache.get(file, offset) == plain.get((file, offset))
 
 
 def value(file: int, number: int, size: int = 1200) -> bytes:
@@ -256,6 +350,21 @@ def test_reads_of_a_timeline_fill_it_unless_told_otherwise(tmp_path: Path) -> No
     del layer, timeline, repository
     gc.collect()
     assert len(blocks) == 0
+
+
+def test_metrics_of_the_caches() -> None:
+    metrics = PageserverMetrics()
+    resources = StoreResources.own(StoreSettings(page_cache_size=1 << 20))
+    metrics.watch_store(resources, list)
+    blocks = resources.descriptors.blocks
+    assert blocks is not None
+    blocks.put(1, 256, bytes(1000))
+    for offset in (256, 256, 512):
+        blocks.get(1, offset)
+    lines = metrics.render().decode().splitlines()
+    assert f"pageserver_block_cache_bytes {blocks.size}" in lines
+    assert "pageserver_block_cache_hits 2" in lines
+    assert "pageserver_block_cache_misses 1" in lines
 
 
 def test_a_repository_without_a_cache(tmp_path: Path) -> None:
