@@ -156,7 +156,7 @@ def measure(directory: Path, data: DataSet, options: argparse.Namespace) -> None
     """One data set in both stores."""
     ours: Figures = {}
     measure_zenith(directory, data, options, ours)
-    table = {}
+    table: dict[str, Figures] = {}
     with zenith(directory, data, 64 * MIB, options.cache_mib * MIB) as store:
         store.load(data)
         store.compact()
