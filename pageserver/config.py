@@ -57,14 +57,16 @@ DEFAULT_CONFIG_FILE = f"""\
 #wal_redo_timeout = '60 s'
 #max_redo_processes = 2  # per tenant
 
-# What bounds the memory of the whole pageserver: pages of 8 KiB that are kept after they were
-# rebuilt; memory for new WAL of all timelines, beyond which the largest layer is written out (with
-# half as much again WAL has to wait); values of one timeline in memory, the others go to a file;
-# layer files that are open at the same time.
+# What bounds the memory of the whole pageserver: what reads keep, in pages of 8 KiB, rebuilt pages
+# and unpacked blocks of layer files together; memory for new WAL of all timelines, beyond which the
+# largest layer is written out (with half as much again WAL has to wait); values of one timeline in
+# memory, the others go to a file; layer files that are open at the same time, and the memory of
+# their indexes and filters.
 #page_cache_size = 8192
 #open_layer_memory_limit = 536870912
 #open_layer_spill_threshold = 67108864
 #max_file_descriptors = 100
+#layer_index_memory_limit = 268435456
 
 # name of the superuser and further initdb options of new timelines
 #initial_superuser_name = '{DEFAULT_SUPERUSER}'
@@ -119,6 +121,8 @@ class PageServerConf:
     open_layer_spill_threshold: int
     """Values that one open layer keeps in memory; more of them go to a file."""
     max_file_descriptors: int
+    layer_index_memory_limit: int
+    """What the indexes and key filters of open layer files may take."""
     pg_distrib_dir: Path | None
     auth_type: str
     auth_validation_public_key_path: Path | None
@@ -213,6 +217,7 @@ def _parse(document: Mapping[str, Any], workdir: Path) -> PageServerConf:
         ),
         open_layer_spill_threshold=table.integer("open_layer_spill_threshold", 64 << 20),
         max_file_descriptors=table.integer("max_file_descriptors", 100, minimum=1),
+        layer_index_memory_limit=table.integer("layer_index_memory_limit", 256 << 20),
         pg_distrib_dir=workdir / distrib_dir if distrib_dir else None,
         auth_type=auth_type,
         auth_validation_public_key_path=workdir / key_path if key_path else None,

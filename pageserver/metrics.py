@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from zenith_utils.metrics import DURATION_BUCKETS, IntegerFamily, Metrics
 
 if TYPE_CHECKING:
+    from pageserver.layered_repository.block_cache import BlockCache
     from pageserver.layered_repository.resources import StoreResources
     from pageserver.layered_repository.timeline import Timeline
     from pageserver.reconstruct import PageRedo
@@ -115,7 +116,7 @@ def _store_families(
 ) -> list[IntegerFamily]:
     cache, descriptors = resources.page_cache, resources.descriptors
     layers = sum(len(handle.timeline.view.layers) for handle in timelines)
-    return [
+    families = [
         _family("ondisk_layers", "Number of layer files of the loaded timelines", layers),
         _family("open_layers_bytes", "Memory of layers not on disk yet", resources.memory.total),
         _family("open_layer_files", "Number of layer files that are open", len(descriptors)),
@@ -123,6 +124,17 @@ def _store_families(
         _family("page_cache_bytes", "Memory of the cache of rebuilt pages", cache.size),
         _family("page_cache_hits", "Number of pages found in the cache", cache.hits, "counter"),
         _family("page_cache_misses", "Number of pages not found there", cache.misses, "counter"),
+    ]
+    if descriptors.blocks is not None:
+        families += _block_cache_families(descriptors.blocks)
+    return families
+
+
+def _block_cache_families(blocks: BlockCache) -> list[IntegerFamily]:
+    return [
+        _family("block_cache_bytes", "Memory of the cache of blocks of layer files", blocks.size),
+        _family("block_cache_hits", "Number of blocks found in the cache", blocks.hits, "counter"),
+        _family("block_cache_misses", "Number of blocks not found there", blocks.misses, "counter"),
     ]
 
 

@@ -16,8 +16,7 @@ from pageserver.checkpointer import Checkpointer
 from pageserver.config import ConfigError, PageServerConf
 from pageserver.layered_repository.descriptor_cache import DescriptorCache
 from pageserver.layered_repository.memory_budget import MemoryBudget
-from pageserver.layered_repository.page_cache import PageCache
-from pageserver.layered_repository.resources import StoreResources
+from pageserver.layered_repository.resources import StoreResources, new_caches
 from pageserver.maintenance import CompactionTask, GcTask
 from pageserver.metrics import PageserverMetrics
 from pageserver.tenant import (
@@ -55,9 +54,14 @@ class TenantManager:
         self.conf = conf
         self.metrics = PageserverMetrics()
         self._checkpointer = Checkpointer(self._loaded, conf.checkpoint_timeout)
+        page_cache, blocks = new_caches(conf.page_cache_size * BLCKSZ)
         self._resources = StoreResources(
-            page_cache=PageCache(conf.page_cache_size * BLCKSZ),
-            descriptors=DescriptorCache(conf.max_file_descriptors),
+            page_cache=page_cache,
+            descriptors=DescriptorCache(
+                conf.max_file_descriptors,
+                memory_limit=conf.layer_index_memory_limit,
+                blocks=blocks,
+            ),
             memory=MemoryBudget(conf.open_layer_memory_limit),
             measure=self.metrics.storage_time,
         )

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import Protocol
+from typing import Final, Protocol
+
+from pageserver.layered_repository.block_cache import BlockCache
+
+DEFAULT_MEMORY_LIMIT: Final = 256 << 20
 
 
 class Evictable(Protocol):
@@ -26,11 +30,19 @@ class DescriptorCache:
     done. The cache does not keep layers alive.
     """
 
-    def __init__(self, limit: int, *, memory_limit: int = 256 << 20) -> None:
+    def __init__(
+        self,
+        limit: int,
+        *,
+        memory_limit: int = DEFAULT_MEMORY_LIMIT,
+        blocks: BlockCache | None = None,
+    ) -> None:
         if limit < 1:
             raise ValueError(f"at least one layer file must be open, not {limit}")
         self.limit = limit
         self.memory_limit = memory_limit
+        self.blocks = blocks
+        """Where reads keep the blocks of these files, None: nowhere."""
         self._memory = 0
         # In the order of the clock, the hand at the first one; with the bytes each one takes.
         # The lock is reentrant: the end of a layer may be noticed while this thread holds it.

@@ -1,6 +1,7 @@
 """Blocks of layer files in memory, and what a read works with: see layer_block.pyx."""
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
+from pageserver.layered_repository.block_cache cimport CachedBlock
 from pageserver.layered_repository.layer_format cimport MAX_LEAF_SIZE
 from pageserver.layered_repository.layer_leaf cimport LeafView
 
@@ -39,6 +40,10 @@ cdef struct Scratch:     # what one read works with, of one thread at a time
     uint8_t *plain               # and its payload if it was compressed
     size_t plain_capacity
     void *decompressor
+    CachedBlock *leaf_pin        # what `leaf` is in, NULL: leaf_stored or leaf_plain
+    CachedBlock *block_pin       # what `block` is in, NULL: stored or plain
+    bint keep                    # blocks that are read are to go to the cache
+    bint holds_gil               # which is given up to read from the file
     ReadError error
     uint8_t leaf_stored[MAX_LEAF_SIZE]
 

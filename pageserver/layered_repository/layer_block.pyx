@@ -4,6 +4,7 @@ import os
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 
+from pageserver.layered_repository.block_cache cimport block_release
 from pageserver.layered_repository.errors import CorruptLayerError
 from pageserver.layered_repository.layer_format cimport *
 from zenith_utils.unaligned cimport get32
@@ -73,12 +74,16 @@ cdef Scratch *scratch_take() noexcept nogil:
     s.leaf.number = -1
     s.block_offset = 0
     s.error.code = 0
+    s.keep = s.holds_gil = False
     return s
 
 
 cdef void scratch_give(Scratch *s) noexcept nogil:
     if s == NULL:
         return
+    block_release(s.leaf_pin)
+    block_release(s.block_pin)
+    s.leaf_pin = s.block_pin = NULL
     if s.stored_capacity > POOLED_BUFFER:
         free(s.stored)
         s.stored = NULL

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 
+from pageserver.layered_repository.block_cache cimport BlockCache, new_file_number
 from pageserver.layered_repository.errors import LayerGoneError
 from pageserver.layered_repository.key cimport Key, key_bytes, key_equal, key_less, key_parse
 from pageserver.layered_repository.key_filter cimport filter_lines_for
@@ -51,7 +52,8 @@ cdef class LayerFile:
     """A durable delta or image layer; safe for any number of threads.
 
     `name` is its LayerName, ids are 16 bytes each. The file is opened when it is first used and its
-    header checked against all of them; the DescriptorCache `descriptors` may close it in between.
+    header checked against all of them; the DescriptorCache `descriptors` may close it in between,
+    and its `blocks` keep what reads have verified until they need the room or this object goes.
     `size` is that of the file in bytes, where it is known. Whoever removes the file sets `gone`
     before.
 
@@ -72,8 +74,12 @@ cdef class LayerFile:
         self.tenant = tenant
         self.timeline = timeline
         self.descriptors = descriptors
+        self.blocks = None if descriptors is None else descriptors.blocks
         self.known_size = size
         self.lock = threading.Lock()
+
+    def __dealloc__(self):
+        self._forget_blocks()
 
     def __repr__(self):
         return f"LayerFile({self.path!r})"
@@ -93,16 +99,27 @@ cdef class LayerFile:
             if opened is not None:
                 return opened
             try:
-                opened = OpenLayer(self.path, self.name, self.tenant, self.timeline)
+                opened = OpenLayer(self.path, self.name, self.tenant, self.timeline, self.blocks)
             except FileNotFoundError as error:
                 if self.gone:
                     raise LayerGoneError(f"{self.path}: the layer was removed") from error
                 raise
+            if opened.identity != self.identity:
+                # Another layer of the same name may have taken its place since it was open.
+                self._forget_blocks()
+                self.identity = opened.identity
+                self.number = new_file_number()
+            opened.number = self.number
             self.opened = opened
             self.known_size = opened.size
             if self.descriptors is not None:
                 self.descriptors.admit(self, opened.memory)
             return opened
+
+    cdef void _forget_blocks(self) noexcept:
+        if self.blocks is not None and self.number:
+            with nogil:
+                self.blocks.forget(self.number)
 
     def was_used(self):
         """Whether the file was used since the last call; for the descriptor cache."""

@@ -9,6 +9,7 @@ is right but not complete.
 """
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
+from pageserver.layered_repository.block_cache cimport BlockCache
 from pageserver.layered_repository.key cimport Key
 from pageserver.layered_repository.layer_block cimport ReadError, Scratch
 from pageserver.layered_repository.read_batch cimport Query, ReadBatch
@@ -26,6 +27,9 @@ cdef class OpenLayer:
     cdef readonly uint32_t block_target
     cdef readonly uint8_t codec
     cdef int fd
+    cdef BlockCache blocks       # None: blocks are not kept
+    cdef uint64_t number         # of the file, in `blocks`
+    cdef tuple identity          # no other file has it
     cdef Key first_key, end_key
     cdef uint64_t start_lsn, end_lsn
     cdef Fence *fences           # n_fences, and one more that ends the last leaf
@@ -37,6 +41,8 @@ cdef class OpenLayer:
     cdef bint may_contain(self, const Key *key) noexcept nogil
     cdef int collect(self, ReadBatch batch, int first, int last, uint64_t upper, uint64_t floor,
                      ReadError *error) noexcept nogil
+    cdef int collect_cached(self, ReadBatch batch, int first, int last, uint64_t upper,
+                            uint64_t floor, ReadError *error) noexcept
     cdef int raise_error(self, const ReadError *error) except -1
 
     # The parts of a lookup.
@@ -47,6 +53,10 @@ cdef class OpenLayer:
     cdef int load_block(self, Scratch *s, uint64_t offset, uint32_t wanted) noexcept nogil
     cdef int load_value(self, Scratch *s, uint64_t block, uint32_t at, uint32_t size,
                         const uint8_t **data) noexcept nogil
+    cdef int _read_leaf(self, Scratch *s, int64_t number) noexcept nogil
+    cdef int _read_block(self, Scratch *s, uint64_t offset, uint32_t wanted) noexcept nogil
+    cdef int _collect(self, ReadBatch batch, int first, int last, uint64_t upper, uint64_t floor,
+                      bint holds_gil, ReadError *error) noexcept nogil
     cdef int _collect_one(self, Scratch *s, ReadBatch batch, Query *query, int64_t number,
                           uint64_t upper, uint64_t floor) noexcept nogil
     cdef bint _leaf_covers(self, int64_t number, const Key *key, uint64_t lsn) noexcept nogil

@@ -1,10 +1,10 @@
 """An open layer file: its descriptor, the index of its leaves, its key filter, and lookups.
 
-Every block is read with pread and its checksum verified each time: what a read returns was right in
-this very read, wherever a bit may flip, and a failing disk or a truncated file is an error instead
-of a signal. Only the root, the first key of every leaf, and the filter stay in memory. A lookup
-reads one leaf and the blocks of the values it needs; the neighbours asked for in one batch share
-them.
+Blocks are read with pread, so a failing disk or a truncated file is an error instead of a signal,
+and the checksum of each one is verified whenever it comes from the file. What was right then is put
+into the block cache, unpacked, and lookups look there first. The root, the first key of every leaf,
+and the filter stay in memory as long as the file is open. A lookup needs one leaf and the blocks of
+the values it finds; the neighbours asked for in one batch share them.
 
 The object never changes, so any number of threads read it at once. The file is closed when the last
 reference goes.
@@ -16,6 +16,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp
 
+from pageserver.layered_repository.block_cache cimport BlockCache, block_release
 from pageserver.layered_repository.errors import CorruptLayerError, FormatVersionError
 from pageserver.layered_repository.key cimport (
     KEY_SIZE,
@@ -78,6 +79,12 @@ cdef extern from *:
     ssize_t posix_pread "pread"(int fd, void *data, size_t size, int64_t offset) noexcept nogil
     int posix_close "close"(int fd) noexcept nogil
 
+cdef extern from "Python.h":
+    ctypedef struct PyThreadState:
+        pass
+    PyThreadState *PyEval_SaveThread() noexcept nogil
+    void PyEval_RestoreThread(PyThreadState *thread) noexcept nogil
+
 cdef enum:
     MAX_BLOCK_TARGET = 1 << 16       # offsets in a block have 16 bits
     FETCH_AHEAD = 8
@@ -90,23 +97,28 @@ cdef inline bint begins_by(const Fence *fence, const Key *key, uint64_t lsn) noe
 cdef class OpenLayer:
     """The file at `path`, opened and checked to be the layer of that LayerName.
 
+    Its blocks are kept in `blocks`, None: nowhere. Set `number` before the first lookup then.
     Raises CorruptLayerError (with `path` and `offset`), FormatVersionError, OSError and
     ZstdUnavailable.
     """
 
-    def __cinit__(self, str path not None, name, bytes tenant not None, bytes timeline not None):
+    def __cinit__(self, str path not None, name, bytes tenant not None, bytes timeline not None,
+                  BlockCache blocks=None):
         cdef uint8_t header[HEADER_SIZE]
         cdef ReadError error
         cdef int code
         self.fd = -1
         self.path = path
+        self.blocks = blocks
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         with nogil:
             code = self.read_at(header, HEADER_SIZE, 0, &error)
         if code != 0:
             self.raise_error(&error)
         self._check_header(header, name, tenant, timeline)
-        self._check_layout(header, os.fstat(self.fd).st_size)
+        status = os.fstat(self.fd)
+        self.identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        self._check_layout(header, status.st_size)
         if self.codec != CODEC_NONE:
             zstd_load()
         self._load_root()
@@ -281,15 +293,36 @@ cdef class OpenLayer:
         return 0
 
     cdef int load_leaf(self, Scratch *s, int64_t number) noexcept nogil:
-        """Have a leaf in the scratch memory, verified."""
+        """Have a leaf in the scratch memory, or pinned in the cache."""
         cdef uint64_t offset = self.fences[number].offset
-        cdef uint32_t stored = <uint32_t> (self.fences[number + 1].offset - offset)
-        cdef Block block
+        cdef PyThreadState *thread = NULL
         cdef int code
         if s.leaf.number == number:
             return 0
         s.leaf.number = -1
-        code = self.read_at(s.leaf_stored, stored, offset, &s.error)
+        block_release(s.leaf_pin)
+        s.leaf_pin = NULL
+        if self.blocks is not None:
+            s.leaf_pin = self.blocks.find(self.number, offset, s.keep)
+        if s.leaf_pin == NULL:
+            if s.holds_gil:
+                thread = PyEval_SaveThread()
+            code = self._read_leaf(s, number)
+            if thread != NULL:
+                PyEval_RestoreThread(thread)
+            if code != 0:
+                return code
+        if s.leaf_pin != NULL:
+            s.leaf = s.leaf_pin.leaf
+        s.leaf.number = number
+        return 0
+
+    cdef int _read_leaf(self, Scratch *s, int64_t number) noexcept nogil:
+        """Read a leaf and verify it."""
+        cdef uint64_t offset = self.fences[number].offset
+        cdef uint32_t stored = <uint32_t> (self.fences[number + 1].offset - offset)
+        cdef Block block
+        cdef int code = self.read_at(s.leaf_stored, stored, offset, &s.error)
         if code == 0:
             code = open_block(s.leaf_stored, offset, stored, BLOCK_LEAF, NULL, stored, NULL,
                               &block, &s.error)
@@ -297,23 +330,46 @@ cdef class OpenLayer:
             return code
         if not leaf_parse(&s.leaf, block.payload, block.size):
             return read_failed(&s.error, E_MALFORMED, offset)
-        s.leaf.number = number
+        if s.keep and self.blocks is not None:
+            s.leaf_pin = self.blocks.add(self.number, offset, block.payload, block.size, True)
         return 0
 
     cdef int load_block(self, Scratch *s, uint64_t offset, uint32_t wanted) noexcept nogil:
-        """Have the value block at `offset` in the scratch memory, verified.
+        """Have the value block at `offset` in the scratch memory, or pinned in the cache.
 
         `wanted`: the least payload it must have. It has no more than that or the target of blocks.
         """
+        cdef PyThreadState *thread = NULL
+        cdef int code
+        if s.block_offset == offset:
+            return 0
+        if offset < HEADER_SIZE or offset > self.leaf_offset - BLOCK_HEADER:
+            return read_failed(&s.error, E_MALFORMED, offset)
+        s.block_offset = 0
+        block_release(s.block_pin)
+        s.block_pin = NULL
+        if self.blocks is not None:
+            s.block_pin = self.blocks.find(self.number, offset, s.keep)
+        if s.block_pin == NULL:
+            if s.holds_gil:
+                thread = PyEval_SaveThread()
+            code = self._read_block(s, offset, wanted)
+            if thread != NULL:
+                PyEval_RestoreThread(thread)
+            if code != 0:
+                return code
+        if s.block_pin != NULL:
+            s.block.payload = s.block_pin.payload
+            s.block.size = s.block_pin.size
+        s.block_offset = offset
+        return 0
+
+    cdef int _read_block(self, Scratch *s, uint64_t offset, uint32_t wanted) noexcept nogil:
+        """Read a value block and verify it; see load_block."""
         cdef uint32_t limit = wanted if wanted > self.block_target else self.block_target
         cdef uint64_t available, ahead = <uint64_t> limit + BLOCK_HEADER
         cdef uint64_t stored
         cdef int code
-        if s.block_offset == offset:
-            return 0
-        s.block_offset = 0
-        if offset < HEADER_SIZE or offset > self.leaf_offset - BLOCK_HEADER:
-            return read_failed(&s.error, E_MALFORMED, offset)
         # The size stands in the block's header; one read gets all of it, and a little more.
         available = self.leaf_offset - offset
         if ahead > available:
@@ -331,8 +387,8 @@ cdef class OpenLayer:
         code = open_block(s.stored, offset, <uint32_t> stored, BLOCK_VALUES,
                           s.plain if self.codec != CODEC_NONE else NULL, limit, &s.decompressor,
                           &s.block, &s.error)
-        if code == 0:
-            s.block_offset = offset
+        if code == 0 and s.keep and self.blocks is not None:
+            s.block_pin = self.blocks.add(self.number, offset, s.block.payload, s.block.size, False)
         return code
 
     cdef int load_value(self, Scratch *s, uint64_t block, uint32_t at, uint32_t size,
@@ -395,7 +451,8 @@ cdef class OpenLayer:
                 code = self.load_value(s, entry.block, entry.at, entry.size, &data)
                 if code != 0:
                     return code
-                if batch.add(query, entry.lsn, entry.flags, data, entry.size) != 0:
+                if batch.add_shared(query, entry.lsn, entry.flags, data, entry.size,
+                                    s.block_pin) != 0:
                     return read_failed(&s.error, E_NO_MEMORY, entry.block)
                 if entry.flags & WILL_INIT:
                     return 0
@@ -408,6 +465,15 @@ cdef class OpenLayer:
 
         0, or an error code that is left in `error` with the details.
         """
+        return self._collect(batch, first, last, upper, floor, False, error)
+
+    cdef int collect_cached(self, ReadBatch batch, int first, int last, uint64_t upper,
+                            uint64_t floor, ReadError *error) noexcept:
+        """The same with the GIL, which is given up to read what is not in the cache."""
+        return self._collect(batch, first, last, upper, floor, True, error)
+
+    cdef int _collect(self, ReadBatch batch, int first, int last, uint64_t upper, uint64_t floor,
+                      bint holds_gil, ReadError *error) noexcept nogil:
         cdef Scratch *s = NULL
         cdef Query *query
         cdef int64_t number
@@ -429,6 +495,8 @@ cdef class OpenLayer:
                 s = scratch_take()
                 if s == NULL:
                     return read_failed(error, E_NO_MEMORY, 0)
+                s.keep = batch.keeps_blocks
+                s.holds_gil = holds_gil
             code = self._collect_one(s, batch, query, number, upper, floor)
             if code != 0:
                 error[0] = s.error

@@ -3,16 +3,23 @@
 There is no lock: a call neither gives up the GIL nor runs Python code nor allocates what could
 start a garbage collection before it is done, so other threads see it as one step.
 """
+from itertools import count
+
 cimport cython
-from cpython.bytes cimport PyBytes_GET_SIZE
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.dict cimport PyDict_DelItem, PyDict_GetItemWithError, PyDict_SetItem
 from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint64_t
+from libc.string cimport memcpy
+
+from pageserver.layered_repository.block_cache cimport BlockCache
 
 cdef enum:
-    MAX_VERSIONS = 4          # of one key; the oldest one goes
     KEY_OVERHEAD = 256        # bytes: the slot, the key itself and its place in the dict
     VERSION_OVERHEAD = 48     # header and rounding of a bytes object
+    BORROWED_SHARE = 64       # of the capacity, is borrowed at a time
+
+_timelines = count()
 
 
 @cython.final
@@ -20,12 +27,6 @@ cdef enum:
 @cython.freelist(64)
 cdef class Slot:
     """The versions of one key, ascending by LSN, and its neighbours by time of last use."""
-    cdef bytes key
-    cdef int count
-    cdef uint64_t lsns[MAX_VERSIONS + 1]
-    cdef PyObject *values[MAX_VERSIONS + 1]      # owned
-    cdef void *newer                             # Slots; NULL: none. The dict owns them.
-    cdef void *older
 
     def __dealloc__(self):
         slot_clear(self)
@@ -44,26 +45,20 @@ cdef class PageCache:
     A value is stored with the LSN of the newest record in it, so it holds for every LSN from there
     up to the key's next record. The keys least recently used go first. `capacity` is in bytes, 0
     switches the cache off; `size`, which counts the cache's own structures too, never exceeds it.
+    With `blocks` it is not memory of its own: the block cache shrinks as this one grows.
     """
 
-    cdef readonly int64_t capacity
-    cdef readonly int64_t size
-    cdef readonly uint64_t hits
-    cdef readonly uint64_t misses
-    cdef dict slots
-    cdef void *newest
-    cdef void *oldest
-
-    def __init__(self, int64_t capacity):
+    def __init__(self, int64_t capacity, BlockCache blocks=None):
         if self.slots is not None:
             raise TypeError("a PageCache is made once")
         self.capacity = capacity
+        self.blocks = blocks
         self.slots = {}
 
     def __len__(self):
         return len(self.slots)
 
-    def get(self, bytes key not None, uint64_t lsn):
+    cpdef get(self, bytes key, uint64_t lsn):
         """The newest version (lsn, value) at or below an LSN, or None."""
         cdef PyObject *found = PyDict_GetItemWithError(self.slots, key)
         cdef Slot slot
@@ -80,11 +75,13 @@ cdef class PageCache:
         self.misses += 1
         return None
 
-    def put(self, bytes key not None, uint64_t lsn, bytes value not None):
+    cpdef put(self, bytes key, uint64_t lsn, bytes value):
         """Store the version of a key at an LSN; the oldest of too many versions is dropped."""
         cdef PyObject *found
         cdef Slot slot
         cdef int at
+        if key is None or value is None:
+            raise TypeError("only bytes are kept")
         if PyBytes_GET_SIZE(value) + VERSION_OVERHEAD + KEY_OVERHEAD > self.capacity:
             return
         found = PyDict_GetItemWithError(self.slots, key)
@@ -104,6 +101,13 @@ cdef class PageCache:
                 self.size -= slot_drop_oldest(slot)
         while self.size > self.capacity:
             self._evict(<Slot> self.oldest)
+        if self.size > self.borrowed and self.blocks is not None:
+            self._borrow()
+
+    cdef void _borrow(self) noexcept:
+        """Take from the block cache what the values need, and a little more."""
+        self.borrowed = min(self.capacity, self.size + self.capacity // BORROWED_SHARE)
+        self.blocks.lend(self.borrowed)
 
     cdef int _evict(self, Slot slot) except -1:
         """Forget a key with all its versions."""
@@ -131,6 +135,35 @@ cdef class PageCache:
             (<Slot> slot.older).newer = slot.newer
         else:
             self.oldest = slot.newer
+
+
+@cython.final
+cdef class TimelineCache:
+    """The versions of one timeline's keys in a PageCache.
+
+    It is of a Timeline object, not of an id: a timeline may be deleted and another get its id.
+    """
+
+    def __init__(self, PageCache cache not None):
+        self.cache = cache
+        self.number = next(_timelines)
+
+    cpdef get(self, bytes key, uint64_t lsn):
+        """The newest version (lsn, value) of a key at or below an LSN, or None."""
+        return self.cache.get(self._name(key), lsn)
+
+    cpdef put(self, bytes key, uint64_t lsn, bytes value):
+        """Keep the version whose newest record ends at `lsn`."""
+        self.cache.put(self._name(key), lsn, value)
+
+    cdef bytes _name(self, bytes key):
+        """The key among those of all timelines."""
+        cdef Py_ssize_t size = PyBytes_GET_SIZE(key)
+        cdef bytes name = PyBytes_FromStringAndSize(NULL, sizeof(self.number) + size)
+        cdef char *p = PyBytes_AS_STRING(name)
+        memcpy(p, &self.number, sizeof(self.number))
+        memcpy(p + sizeof(self.number), PyBytes_AS_STRING(key), size)
+        return name
 
 
 cdef inline int slot_position(Slot slot, uint64_t lsn) noexcept:

@@ -1,6 +1,7 @@
 """What a read collects on its way through the layers: see read_batch.pyx."""
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 
+from pageserver.layered_repository.block_cache cimport CachedBlock
 from pageserver.layered_repository.key cimport Key
 
 cdef struct Query:
@@ -14,10 +15,19 @@ cdef struct Query:
 
 cdef struct Found:
     uint64_t lsn
-    size_t position      # of the bytes in the arena
+    const uint8_t *data
+    CachedBlock *pin     # of the block that `data` is in; NULL: they are in the batch
     uint32_t size
     int32_t older        # index of the next older value of the same query, -1: none
     uint8_t flags
+
+cdef struct Chunk:       # of values; they follow
+    Chunk *older
+    size_t size
+
+cdef enum:
+    FEW_FOUND = 4
+    FEW_BYTES = 512
 
 cdef class ReadBatch:
     cdef Query *queries
@@ -27,13 +37,20 @@ cdef class ReadBatch:
     cdef bint any_floor
     cdef Found *found
     cdef int32_t n_found, cap_found
-    cdef uint8_t *arena
-    cdef size_t used, capacity
+    cdef bint keeps_blocks             # what is read from files is to go to the block cache
+    cdef uint8_t *room                 # for the next values
+    cdef size_t left
+    cdef Chunk *chunks
     cdef Query one_query
-    cdef Found few_found[4]
+    cdef Found few_found[FEW_FOUND]
+    cdef uint8_t few_bytes[FEW_BYTES]
 
     cdef int add(self, Query *query, uint64_t lsn, uint8_t flags, const uint8_t *data,
                  uint32_t size) noexcept nogil
+    cdef int add_shared(self, Query *query, uint64_t lsn, uint8_t flags, const uint8_t *data,
+                        uint32_t size, CachedBlock *block) noexcept nogil
+    cdef int add_key(self, bytes key) except -1
+    cdef int _more_room(self, uint32_t size) noexcept nogil
     cdef void need_above(self, int i, uint64_t lsn) noexcept nogil
     cdef void close_at(self, int first, int last, uint64_t upper) noexcept nogil
     cdef void close(self, int first, int last) noexcept nogil

@@ -5,6 +5,7 @@ from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy
 
+from pageserver.layered_repository.block_cache cimport CachedBlock, block_pin, block_release
 from pageserver.layered_repository.key cimport (
     FLAGS_IMAGE,
     WILL_INIT,
@@ -13,48 +14,75 @@ from pageserver.layered_repository.key cimport (
     key_parse,
 )
 
+cdef enum:
+    LONG_VALUE = 1024        # bytes from which on pinning is cheaper than copying
+    LEAST_CHUNK = 16 << 10
+    MOST_CHUNK = 1 << 20
+
 
 @cython.final
+@cython.freelist(16)
 cdef class ReadBatch:
     """The keys of one read and the values found for them so far.
 
     Layers add values newest first through `add`; a query is complete at its first value with
-    WILL_INIT. The values are copied here, so nothing refers to a layer after its visit.
+    WILL_INIT. The values are copied here, or in a block of the block cache that is pinned for them,
+    so nothing refers to a layer after its visit.
     """
 
-    def __cinit__(self, keys not None):
+    def __cinit__(self, keys=()):
         cdef Py_ssize_t i, n = len(keys)
         if n > 0x7FFFFFFF:
             raise ValueError("too many keys in one read")
-        self.count = self.pending = <int> n
+        self.keeps_blocks = True
         self.ascending = True
         self.found = self.few_found
-        self.cap_found = 4
-        if n == 1:
-            self.queries = &self.one_query
-        else:
-            self.queries = <Query *> calloc(n + 1, sizeof(Query))
+        self.cap_found = FEW_FOUND
+        self.room = self.few_bytes
+        self.left = FEW_BYTES
+        self.queries = &self.one_query
+        if n > 1:
+            self.queries = <Query *> calloc(n, sizeof(Query))
             if self.queries == NULL:
                 raise MemoryError
         for i in range(n):
-            key_parse(&self.queries[i].key, <bytes?> keys[i])
-            self.queries[i].newest = self.queries[i].oldest = -1
-            if i and not key_less(&self.queries[i - 1].key, &self.queries[i].key):
-                self.ascending = False
+            self.add_key(<bytes?> keys[i])
 
     def __dealloc__(self):
+        cdef Chunk *chunk = self.chunks
+        cdef int i
+        for i in range(self.n_found):
+            block_release(self.found[i].pin)
         if self.queries != &self.one_query:
             free(self.queries)
         if self.found != self.few_found:
             free(self.found)
-        free(self.arena)
+        while chunk != NULL:
+            self.chunks = chunk.older
+            free(chunk)
+            chunk = self.chunks
+
+    cdef int add_key(self, bytes key) except -1:
+        """Ask for one more key; there is room for one in a batch made without any."""
+        cdef Query *query = &self.queries[self.count]
+        key_parse(&query.key, key)
+        query.newest = query.oldest = -1
+        if self.count and not key_less(&self.queries[self.count - 1].key, &query.key):
+            self.ascending = False
+        self.count += 1
+        self.pending += 1
+        return 0
 
     cdef int add(self, Query *query, uint64_t lsn, uint8_t flags, const uint8_t *data,
                  uint32_t size) noexcept nogil:
-        """Append the next older value of a query; 0, or -1 without memory."""
+        """Append a copy of the next older value of a query; 0, or -1 without memory."""
+        return self.add_shared(query, lsn, flags, data, size, NULL)
+
+    cdef int add_shared(self, Query *query, uint64_t lsn, uint8_t flags, const uint8_t *data,
+                        uint32_t size, CachedBlock *block) noexcept nogil:
+        """The same; a long value that is in a pinned block stays there."""
         cdef Found *entry
         cdef void *grown
-        cdef size_t wanted
         if self.n_found == self.cap_found:
             if self.found == self.few_found:
                 grown = malloc(64 * sizeof(Found))
@@ -70,26 +98,24 @@ cdef class ReadBatch:
                     return -1
                 self.cap_found *= 2
             self.found = <Found *> grown
-        if self.used + size > self.capacity:
-            wanted = 2 * self.capacity
-            if wanted < self.used + size:
-                wanted = self.used + size
-            if wanted < 16384:
-                wanted = 16384
-            grown = realloc(self.arena, wanted)
-            if grown == NULL:
-                return -1
-            self.arena = <uint8_t *> grown
-            self.capacity = wanted
-        if size:
-            memcpy(self.arena + self.used, data, size)
         entry = &self.found[self.n_found]
+        if block != NULL and size >= LONG_VALUE:
+            block_pin(block)
+            entry.pin = block
+            entry.data = data
+        else:
+            if size > self.left and self._more_room(size) != 0:
+                return -1
+            if size:
+                memcpy(self.room, data, size)
+            entry.pin = NULL
+            entry.data = self.room
+            self.room += size
+            self.left -= size
         entry.lsn = lsn
-        entry.position = self.used
         entry.size = size
         entry.older = -1
         entry.flags = flags
-        self.used += size
         if query.oldest >= 0:
             self.found[query.oldest].older = self.n_found
         else:
@@ -100,6 +126,24 @@ cdef class ReadBatch:
         if flags & WILL_INIT and not query.complete:
             query.complete = True
             self.pending -= 1
+        return 0
+
+    cdef int _more_room(self, uint32_t size) noexcept nogil:
+        """Have room for `size` bytes of values; 0, or -1 without memory."""
+        cdef size_t wanted = LEAST_CHUNK
+        cdef Chunk *chunk
+        if self.chunks != NULL:
+            wanted = min(2 * self.chunks.size, <size_t> MOST_CHUNK)
+        if wanted < size:
+            wanted = size
+        chunk = <Chunk *> malloc(sizeof(Chunk) + wanted)
+        if chunk == NULL:
+            return -1
+        chunk.older = self.chunks
+        chunk.size = wanted
+        self.chunks = chunk
+        self.room = <uint8_t *> (chunk + 1)
+        self.left = wanted
         return 0
 
     cdef void need_above(self, int i, uint64_t lsn) noexcept nogil:
@@ -154,7 +198,7 @@ cdef class ReadBatch:
 
     cdef bytes data(self, const Found *entry):
         """The bytes of a value."""
-        return PyBytes_FromStringAndSize(<char *> self.arena + entry.position, entry.size)
+        return PyBytes_FromStringAndSize(<const char *> entry.data, entry.size)
 
     def image(self, int i):
         """The bytes of query `i` if its newest value is an image, else None."""

@@ -1,9 +1,10 @@
 """The read path: newest layer to oldest, then the ancestor at the branch point, then redo.
 
-A walk holds the GIL while it looks for its way, a microsecond or so at a time, and gives it up in
-every layer that it takes values from. It holds no lock: what it reads belongs to the view of the
-timeline that it took. A layer file of that view may be deleted before the walk opens it, because
-others have taken its place; then there is a newer view, and the read starts again with that.
+A walk holds the GIL while it looks for its way, a microsecond or so at a time, and while it takes
+what a few keys find in memory: giving it up would take longer. It gives it up for more keys, and to
+read from files. It holds no lock: what it reads belongs to the view of the timeline that it took. A
+layer file of that view may be deleted before the walk opens it, because others have taken its
+place; then there is a newer view, and the read starts again with that.
 """
 from collections.abc import Callable, Sequence
 
@@ -23,6 +24,7 @@ from pageserver.layered_repository.layer_map cimport Found as Candidates
 from pageserver.layered_repository.layer_map cimport LayerMap, choose
 from pageserver.layered_repository.layer_treap cimport Item
 from pageserver.layered_repository.open_layer cimport OpenLayer, ReadError
+from pageserver.layered_repository.page_cache cimport TimelineCache
 from pageserver.layered_repository.read_batch cimport Found, Query, ReadBatch
 
 from pageserver.layered_repository.errors import (
@@ -35,10 +37,8 @@ from zenith_utils.lsn import lsn_text
 
 cdef enum:
     KEYS_PER_WALK = 1024      # bounds the memory of a read of very many keys
-    FEW_KEYS = 16             # so many may be asked of a layer's filter with the GIL held
+    FEW_KEYS = 16             # so many are looked for in memory with the GIL held
     VALUES_PER_TURN = 32      # then other threads get a chance to run
-    MAX_KEPT_IMAGES = 16      # keys of a read that is none of many keys, see get_vectored
-    MIN_KEPT_IMAGE = 1024     # bytes; less is not worth its place in the page cache
 
 
 @cython.final
@@ -79,9 +79,11 @@ def get(object timeline not None, bytes key not None, uint64_t lsn):
     cdef tuple cached
     cdef object value
     cdef list needed = []
+    cdef TimelineCache rebuilt = timeline.rebuilt
     while True:
-        batch = ReadBatch.__new__(ReadBatch, (key,))
-        cached = timeline.cached(key, lsn)
+        batch = ReadBatch.__new__(ReadBatch)
+        batch.add_key(key)
+        cached = rebuilt.get(key, lsn)
         if cached is not None:
             if <uint64_t> cached[0] == lsn:
                 return cached[1]
@@ -90,7 +92,6 @@ def get(object timeline not None, bytes key not None, uint64_t lsn):
             break
     value = value_of(batch, 0, cached, lsn, needed)
     if value is not None:
-        keep_image(timeline, key, batch, 0, value)
         return value
     if not needed:
         raise KeyNotFound(
@@ -104,9 +105,8 @@ def get_vectored(object timeline not None, object keys not None, uint64_t lsn, *
                  bint cache=True):
     """The values of many keys; see Timeline.get_vectored.
 
-    With `cache` what has to be reconstructed is kept in the page cache, and so are the images of a
-    few keys; many at once are a scan, which would drive out the rest. More than 1024 keys are read
-    in several walks.
+    With `cache` what has to be reconstructed is kept in the page cache and what is read from layer
+    files in the block cache. More than 1024 keys are read in several walks.
     """
     cdef Py_ssize_t start, count = len(keys)
     cdef list values = []
@@ -132,13 +132,16 @@ cdef list read_some(object timeline, object keys, uint64_t lsn, bint cache):
 
 cdef list read_ascending(object timeline, object keys, ReadBatch batch, uint64_t lsn, bint cache):
     """The values of keys that ascend; `batch` is a new one of these keys."""
+    cdef TimelineCache rebuilt = timeline.rebuilt
     cdef list cached, values = [], needed = [], places = []
-    cdef object version, value
+    cdef object value
+    cdef tuple version
     cdef int i
     while True:
+        batch.keeps_blocks = cache
         cached = []
         for i in range(batch.count):
-            version = timeline.cached(keys[i], lsn)
+            version = rebuilt.get(<bytes> keys[i], lsn)
             cached.append(version)
             if version is not None:
                 batch.need_above(i, version[0])
@@ -150,8 +153,6 @@ cdef list read_ascending(object timeline, object keys, ReadBatch batch, uint64_t
         values.append(value)
         if len(needed) > len(places):
             places.append(i)
-        elif cache and batch.count <= MAX_KEPT_IMAGES and value is not None:
-            keep_image(timeline, keys[i], batch, i, value)
         if i % VALUES_PER_TURN == 0:
             let_others_run()
     batch = None
@@ -191,16 +192,9 @@ cdef object value_of(ReadBatch batch, int i, tuple cached, uint64_t lsn, list ne
     return None
 
 
-cdef int keep_image(object timeline, bytes key, ReadBatch batch, int i, bytes value) except -1:
-    """Put a page that a layer has as an image in the page cache: it may be compressed there."""
-    cdef Query *query = &batch.queries[i]
-    if query.newest >= 0 and len(value) >= MIN_KEPT_IMAGE:
-        timeline.cache(key, batch.found[query.newest].lsn, value)
-    return 0
-
-
 cdef list reconstruct(object timeline, list needed, bint cache):
     cdef list values = timeline.reconstruct(needed)
+    cdef TimelineCache rebuilt = timeline.rebuilt
     cdef ReconstructInput item
     cdef Py_ssize_t i
     if len(values) != len(needed):
@@ -208,7 +202,9 @@ cdef list reconstruct(object timeline, list needed, bint cache):
     if cache:
         for i in range(len(needed)):
             item = needed[i]
-            timeline.cache(item.key, item.lsn, values[i])
+            # What an unfinished batch wrote may still be replaced.
+            if item.lsn <= timeline.last_record_lsn:
+                rebuilt.put(item.key, <uint64_t> item.lsn, <bytes?> values[i])
     return values
 
 
@@ -272,9 +268,13 @@ cdef uint64_t collect_in_memory(InMemoryLayer layer, ReadBatch batch, uint64_t u
         return upper
     if layer.max_lsn:
         memset(&window, 0, sizeof(window))
-        with nogil:
+        if batch.count <= FEW_KEYS and (layer.file is None or layer.file.size == 0):
             code = layer.collect(batch, 0, batch.count, upper, 0, &window)
             window_free(&window)
+        else:
+            with nogil:
+                code = layer.collect(batch, 0, batch.count, upper, 0, &window)
+                window_free(&window)
         if code != READ_OK:
             layer.raise_read_error(code, &window)
     if layer.start_lsn == 0:
@@ -391,8 +391,10 @@ cdef int collect_in_file(LayerFile layer, ReadBatch batch, Span span, uint64_t f
             span.first += 1
             if span.first == span.last:
                 return 0
-    with nogil:
-        code = opened.collect(batch, span.first, span.last, span.upper, floor, &error)
+        code = opened.collect_cached(batch, span.first, span.last, span.upper, floor, &error)
+    else:
+        with nogil:
+            code = opened.collect(batch, span.first, span.last, span.upper, floor, &error)
     if code != 0:
         opened.raise_error(&error)
     return 0

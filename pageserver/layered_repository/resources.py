@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from pageserver.layered_repository.block_cache import BlockCache
 from pageserver.layered_repository.descriptor_cache import DescriptorCache
 from pageserver.layered_repository.files import FILES, Files
 from pageserver.layered_repository.memory_budget import MemoryBudget
@@ -30,12 +31,22 @@ def _not_measured(operation: str, timeline: Timeline) -> AbstractContextManager[
     return nullcontext()
 
 
+def new_caches(size: int) -> tuple[PageCache, BlockCache]:
+    """The caches of reads, which take `size` bytes together.
+
+    Blocks of layer files have what the reconstructed values leave: at least a quarter, since a
+    value is reconstructed from blocks, and at first all.
+    """
+    blocks = BlockCache(size)
+    return PageCache(size * 3 // 4, blocks), blocks
+
+
 @dataclass(frozen=True, slots=True)
 class StoreResources:
     """The limited goods of a pageserver, one of each for all its repositories.
 
     page_cache: reconstructed values.
-    descriptors: open layer files.
+    descriptors: open layer files, and the cache of their blocks.
     memory: what open and frozen layers take.
     files: the way to the file system.
     measure: told of every flush, merge, image and collection.
@@ -50,9 +61,10 @@ class StoreResources:
     @classmethod
     def own(cls, settings: StoreSettings) -> StoreResources:
         """Those of a repository that shares none."""
+        page_cache, blocks = new_caches(settings.page_cache_size)
         return cls(
-            PageCache(settings.page_cache_size),
-            DescriptorCache(DEFAULT_MAX_FILE_DESCRIPTORS),
+            page_cache,
+            DescriptorCache(DEFAULT_MAX_FILE_DESCRIPTORS, blocks=blocks),
             MemoryBudget(DEFAULT_MEMORY_LIMIT),
         )
 

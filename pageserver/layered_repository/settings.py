@@ -19,8 +19,8 @@ class StoreSettings:
 
     Reading:
     wait_lsn_timeout: seconds to wait for WAL when branching or reading from an ancestor.
-    page_cache_size: bytes of reconstructed values kept in memory, 0 for none; for a repository
-        that shares no cache with others.
+    page_cache_size: bytes of reconstructed values and of unpacked blocks of layer files kept in
+        memory, 0 for none; for a repository that shares no cache with others.
 
     Compaction:
     compaction_threshold: L0 deltas that are merged when there are so many.

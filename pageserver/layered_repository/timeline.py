@@ -6,7 +6,6 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import count
 
 from pageserver.layered_repository import collector, reader
 from pageserver.layered_repository.compactor import CompactionResult, Compactor, Keyspace
@@ -24,6 +23,7 @@ from pageserver.layered_repository.layer_set import LayerSet
 from pageserver.layered_repository.maintenance import Maintenance
 from pageserver.layered_repository.metadata import TimelineMetadata
 from pageserver.layered_repository.metadata_keeper import MetadataKeeper
+from pageserver.layered_repository.page_cache import TimelineCache
 from pageserver.layered_repository.read_pins import ReadPin
 from pageserver.layered_repository.reader import ReadView, Reconstruct
 from pageserver.layered_repository.record_position import RecordPosition
@@ -39,8 +39,6 @@ from zenith_utils.ids import TimelineId
 from zenith_utils.lsn import Lsn, lsn_text
 
 __all__ = ["Timeline", "TimelineWriter"]
-
-_cache_numbers = count()
 
 
 class Timeline:
@@ -76,9 +74,8 @@ class Timeline:
         self.layer_set = LayerSet(self.new_open_layer(metadata.disk_consistent_lsn + 1), layers)
         self.maintenance = Maintenance(self)
         self.flusher = LayerFlusher(self)
-        self._page_cache = context.resources.page_cache
-        # Of this object, not of the id: a timeline may be deleted and another get its id.
-        self._cache_prefix = next(_cache_numbers).to_bytes(8, "big")
+        self.rebuilt = TimelineCache(context.resources.page_cache)
+        """Reconstructed values."""
         self._write_access = WriteAccess(self)
         self._compactor = Compactor(self)
         self._cutoff_lock = threading.Lock()
@@ -178,7 +175,8 @@ class Timeline:
         """The values of many keys, in their order, None for one that does not exist.
 
         One walk through the layers and one call of the reconstruct callback; raises what `get`
-        does except KeyNotFound. With `cache` the values made of records go to the page cache.
+        does except KeyNotFound. With `cache` the values made of records go to the page cache, and
+        what is read from layer files to the block cache.
         """
         try:
             return reader.get_vectored(self, keys, lsn, cache=cache)
@@ -193,16 +191,6 @@ class Timeline:
         except LayerGoneError:
             self.check_running()
             raise
-
-    def cached(self, key: bytes, lsn: int) -> tuple[int, bytes] | None:
-        """The newest reconstructed version (lsn, value) at or below `lsn` in the cache."""
-        return self._page_cache.get(self._cache_prefix + key, lsn)
-
-    def cache(self, key: bytes, lsn: int, value: bytes) -> None:
-        """Keep a reconstructed version whose newest record ends at `lsn`."""
-        # What an unfinished batch wrote may still be replaced.
-        if lsn <= self.last_record_lsn:
-            self._page_cache.put(self._cache_prefix + key, lsn, value)
 
     # ---- writing
 

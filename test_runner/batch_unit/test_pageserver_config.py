@@ -40,6 +40,7 @@ def test_defaults() -> None:
     assert parse("checkpoint_timeout = '0 s'").checkpoint_timeout == 0.0
     assert conf.initial_superuser_name == "zenith_admin"
     assert (conf.page_cache_size, conf.max_file_descriptors) == (8192, 100)
+    assert conf.layer_index_memory_limit == 256 << 20
     assert conf.tenants_path == WORKDIR / "tenants"
 
 
@@ -126,6 +127,7 @@ def test_commented_defaults_are_the_defaults() -> None:
         "open_layer_memory_limit",
         "open_layer_spill_threshold",
         "page_cache_size",
+        "layer_index_memory_limit",
         "checkpoint_timeout",
     ):
         assert name in document

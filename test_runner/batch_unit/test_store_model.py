@@ -147,13 +147,13 @@ class StoreMachine(RuleBasedStateMachine):
         limits = StoreSettings(
             checkpoint_distance=200,
             max_frozen_layers=2,
-            page_cache_size=1500,
+            page_cache_size=4000,
             compaction_threshold=2,
             compaction_target_size=3000,
             image_creation_threshold=2,
             image_part_keys=5,
         )
-        resources = with_files(UnsyncedFiles(), page_cache_size=1500)
+        resources = with_files(UnsyncedFiles(), page_cache_size=4000)
         return Repository(self.path, TENANT, limits, append, resources=resources)
 
     def teardown(self) -> None:

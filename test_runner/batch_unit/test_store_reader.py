@@ -23,13 +23,10 @@ from pageserver.layered_repository.layer_file import LayerFile
 from pageserver.layered_repository.layer_map import LayerMap
 from pageserver.layered_repository.layer_name import MAX_KEY, MIN_KEY, LayerName
 from pageserver.layered_repository.layer_writer import LayerWriter
-from pageserver.layered_repository.page_cache import PageCache
+from pageserver.layered_repository.page_cache import PageCache, TimelineCache
 from pageserver.layered_repository.reader import ReadView, ReconstructInput
-from pageserver.layered_repository.repository import Repository
-from pageserver.layered_repository.resources import StoreResources
 from pageserver.layered_repository.settings import StoreSettings
 from pageserver.layered_repository.timeline import Timeline
-from zenith_utils.ids import TenantId, TimelineId
 
 IMAGE, RECORD, INIT_RECORD = 1, 2, 3
 TENANT, TIMELINE = b"a" * 16, b"b" * 16
@@ -97,17 +94,13 @@ class FakeTimeline:
     ancestor_lsn: int
     last_record_lsn: int
     page_cache: PageCache
+    rebuilt: TimelineCache = field(init=False)
     settings: StoreSettings = field(default_factory=StoreSettings)
     timeline_id: str = "test"
     needed: list[ReconstructInput] = field(default_factory=list)
 
-    def cached(self, key: bytes, lsn: int) -> tuple[int, bytes] | None:
-        """As Timeline.cached."""
-        return self.page_cache.get(key, lsn)
-
-    def cache(self, key: bytes, lsn: int, value: bytes) -> None:
-        """As Timeline.cache."""
-        self.page_cache.put(key, lsn, value)
+    def __post_init__(self) -> None:
+        self.rebuilt = TimelineCache(self.page_cache)
 
     def reconstruct(self, needed: Sequence[ReconstructInput]) -> list[bytes]:
         """Append records to the base."""
@@ -510,34 +503,3 @@ def test_an_ancestor_is_waited_for(tmp_path: Path) -> None:
     child = FakeTimeline(view, parent, 30, 30, PageCache(0))
     assert reader.get(child.timeline, KEYS[0], 50) == history.value(KEYS[0], 30)
     assert parent.last_record_lsn == 30
-
-
-def test_images_of_a_few_keys_are_kept_in_the_page_cache(tmp_path: Path) -> None:
-    keys = [number.to_bytes(18, "big") for number in range(20)]
-    images = [(key, bytes([number]) * 4000) for number, key in enumerate(keys)]
-    resources = StoreResources.own(StoreSettings(page_cache_size=1 << 20))
-    repository = Repository(
-        tmp_path / "tenant", TenantId(b"t" * 16), StoreSettings(), no_redo, resources=resources
-    )
-    try:
-        timeline = repository.create_timeline(TimelineId(b"m" * 16), initdb_lsn=8)
-        timeline.import_image_layer(8, [*images, (bytes(17) + b"\x20", b"small")])
-        timeline.get_vectored(keys, 8)
-        timeline.get(bytes(17) + b"\x20", 8)
-        assert len(resources.page_cache) == 0
-        timeline.get_vectored(keys[:2], 8)
-        timeline.get(keys[2], 8)
-        assert len(resources.page_cache) == 3
-        Path(next(iter(timeline.view.layers)).path).write_bytes(b"")
-        with timeline.writer() as writer:
-            writer.put(keys[1], 16, 1, b"newer")
-            writer.advance(16, 8)
-        found = timeline.get_vectored(keys[:2], 16)
-        assert found == [images[0][1], b"newer"]
-        assert timeline.get(keys[2], 16) == images[2][1]
-    finally:
-        repository.shutdown(flush=False)
-
-
-def no_redo(needed: Sequence[ReconstructInput]) -> list[bytes]:
-    raise AssertionError(f"there is nothing to be made of {needed}")

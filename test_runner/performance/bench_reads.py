@@ -1,7 +1,7 @@
 """Benchmark of reads: through many layers and ancestors, in batches, by many threads.
 
-Run as a script; files are in the cache of the operating system. Values are images of 8 kB, in the
-page cache cases made of records.
+Run as a script; files are in the cache of the operating system, and what is read once more comes
+from the block cache. Values are images of 8 kB, in the page cache cases made of records.
 """
 
 from __future__ import annotations
