@@ -2,6 +2,9 @@
 from typing import Protocol
 
 cimport cython
+from libc.stdint cimport uint8_t
+
+from zenith_utils.unaligned cimport get_big
 
 from pageserver import keys
 from pageserver._custom_redo import apply_custom_records
@@ -12,6 +15,9 @@ from zenith_utils.lsn import lsn_text
 cdef enum:
     WILL_INIT = 1    # bit of the flags, see values.py
     PG_RECORD = 1    # ValueKind.PG_RECORD
+    KEY_SIZE = 18
+    RELATION = 0     # KeyKind.RELATION
+    LAST_FORK = 3
 
 
 class ReconstructError(Exception):
@@ -108,8 +114,10 @@ cdef object redo_request(Work work):
     """The request for the run of Postgres records that comes next, which counts as done then."""
     cdef list records = []
     cdef tuple record
-    block = keys.block_of_key(work.input.key)
-    if block is None:
+    cdef bytes key = work.input.key
+    cdef const uint8_t *k = key
+    # The key of a relation block, see keys.py.
+    if len(key) != KEY_SIZE or k[0] != RELATION or get_big(k + 9, 4) == 0 or k[13] > LAST_FORK:
         raise error(work.input, "it has Postgres records but is no block of a relation")
     while work.done < len(work.records):
         record = work.records[work.done]
@@ -117,8 +125,10 @@ cdef object redo_request(Work work):
             break
         records.append((record[0], record[2]))
         work.done += 1
-    rel, blkno = block
-    return RedoRequest(*rel, blkno, work.page, records)
+    return RedoRequest(
+        get_big(k + 1, 4), get_big(k + 5, 4), get_big(k + 9, 4), k[13], get_big(k + 14, 4),
+        work.page, records,
+    )
 
 
 cdef object error(object value, str reason):

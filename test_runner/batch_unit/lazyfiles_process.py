@@ -1,7 +1,6 @@
 """Processes on lazily opened files that look like a server to the library."""
 
 import contextlib
-import os
 import random
 import subprocess
 import sys
