@@ -257,10 +257,11 @@ find_scan(LazyFork *fork, uint32_t block)
  * Another process asked for this block: give it the time that this usually takes.  It may be a process
  * that does something else now and looks at its replies much later, or never.
  */
-static bool
+static void
 wait_for_other(const uint8_t *state)
 {
 	uint64_t	patience = 2 * request_us;
+	uint64_t	pause = 50;
 	uint64_t	deadline;
 
 	if (patience < MIN_REQUESTED_WAIT_US)
@@ -269,8 +270,11 @@ wait_for_other(const uint8_t *state)
 		patience = MAX_REQUESTED_WAIT_US;
 	deadline = now_us() + patience;
 	while (load_state(state) == BLOCK_REQUESTED && now_us() < deadline && !lazy_interrupted())
-		lazy_sleep_us(50);
-	return load_state(state) != BLOCK_REQUESTED;
+	{
+		lazy_sleep_us(pause);
+		if (pause < 1000)
+			pause *= 2;
+	}
 }
 
 /* Ask for a block and for absent ones after it. */
