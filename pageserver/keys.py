@@ -205,11 +205,3 @@ def next_key(key: bytes) -> bytes:
 def key_text(key: bytes) -> str:
     """36 upper-case hexadecimal digits."""
     return key.hex().upper()
-
-
-def block_of_key(key: bytes) -> tuple[RelTag, int] | None:
-    """(fork, block number) if `key` is a relation block, else None."""
-    kind, spcnode, dbnode, relnode, forknum, blkno = _KEY.unpack(key)
-    if kind != KeyKind.RELATION or relnode == 0 or forknum > 3:
-        return None
-    return RelTag(spcnode, dbnode, relnode, forknum), blkno

@@ -25,6 +25,7 @@ from postgres_ffi.xlog_records import parse_parameter_change
 from zenith_utils.lsn import lsn_text
 
 _READ_AT_ONCE = 256  # pages or keys in one vectored read
+_SCAN = 64  # pages of one read that are taken for part of a scan
 _MAX_CACHED_SIZES = 1 << 16
 
 
@@ -245,7 +246,9 @@ class DatadirTimeline:
 
     def _pages(self, block_keys: Sequence[bytes], lsn: int) -> list[bytes]:
         pages = []
-        for key, page in zip(block_keys, self._values(block_keys, lsn), strict=True):
+        # A scan must not drive what is read again and again out of the page cache.
+        cache = len(block_keys) < _SCAN
+        for key, page in zip(block_keys, self._values(block_keys, lsn, cache=cache), strict=True):
             if page is None:
                 raise MissingPageError(
                     f"page {keys.key_text(key)} has no value at {lsn_text(lsn)}"
@@ -254,9 +257,12 @@ class DatadirTimeline:
             pages.append(page or ZERO_PAGE)
         return pages
 
-    def _values(self, wanted: Sequence[bytes], lsn: int) -> Iterator[bytes | None]:
+    def _values(
+        self, wanted: Sequence[bytes], lsn: int, *, cache: bool = True
+    ) -> Iterator[bytes | None]:
         for start in range(0, len(wanted), _READ_AT_ONCE):
-            yield from self.timeline.get_vectored(wanted[start : start + _READ_AT_ONCE], lsn)
+            block = wanted[start : start + _READ_AT_ONCE]
+            yield from self.timeline.get_vectored(block, lsn, cache=cache)
 
 
 def _single(key: bytes) -> tuple[bytes, bytes]:

@@ -11,8 +11,8 @@ import shutil
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from pageserver._walredo_process import (
     DIRECTORY_PREFIX,
@@ -43,8 +43,7 @@ class WalRedoClosedError(WalRedoError):
         super().__init__("WAL redo is shut down")
 
 
-@dataclass(frozen=True, slots=True)
-class RedoRequest:
+class RedoRequest(NamedTuple):
     """One page to rebuild: a base image (None = zeroes) and the records to apply to it.
 
     ``records`` are (end LSN, raw WAL record), oldest first; each must refer to the page.

@@ -37,6 +37,14 @@ cdef inline void put64(uint8_t *p, uint64_t v) noexcept nogil:
     memcpy(p, &v, 8)
 
 
+cdef inline uint32_t get32_big(const uint8_t *p) noexcept nogil:
+    return __builtin_bswap32(get32(p))
+
+
+cdef inline void put32_big(uint8_t *p, uint32_t v) noexcept nogil:
+    put32(p, __builtin_bswap32(v))
+
+
 cdef inline uint64_t get64_big(const uint8_t *p) noexcept nogil:
     return __builtin_bswap64(get64(p))
 

@@ -9,13 +9,18 @@
 #define QUEUE_SIZE 128
 #define READAHEAD_BATCHES 4
 #define SCANS 64
-#define REQUESTED_WAIT_US 1000
+#define READAHEAD_WINDOW (MAX_BATCH * (READAHEAD_BATCHES + 1))
+#define MIN_REQUESTED_WAIT_US 1000
+#define MAX_REQUESTED_WAIT_US 100000
 #define ERROR_ATTEMPTS 4
 #define ERROR_BACKOFF_MS 50
 
 /* Outstanding requests of this process, oldest first. */
 static BlockRequest queue[QUEUE_SIZE];
 static unsigned queued;
+
+/* Moving average of the time from a request to its blocks in the file. */
+static uint64_t request_us;
 
 /* Recent sequential scans: how large the next request is, and where read-ahead goes on. */
 typedef struct Scan
@@ -66,7 +71,8 @@ post(LazyFork *fork, uint32_t block, uint32_t count, bool readahead)
 {
 	BlockRequest *request = &queue[queued++];
 
-	*request = (BlockRequest) {.fork = fork,.block = block,.count = count,.readahead = readahead};
+	*request = (BlockRequest) {.fork = fork,.block = block,.count = count,.readahead = readahead,
+		.posted_us = now_us()};
 	lazy_count(requests, 1);
 	if (readahead)
 		lazy_count(readahead_requests, 1);
@@ -110,6 +116,17 @@ refused(const BlockRequest *request, const char *message)
 	return OUTCOME_REFUSED;
 }
 
+/* It may have been in the socket for as long as this process had no miss: that is bounded. */
+static void
+note_duration(const BlockRequest *request)
+{
+	uint64_t	us = now_us() - request->posted_us;
+
+	if (us > MAX_REQUESTED_WAIT_US)
+		us = MAX_REQUESTED_WAIT_US;
+	request_us = (7 * request_us + us) / 8;
+}
+
 static Outcome
 arrived(const BlockRequest *request, const uint8_t *data)
 {
@@ -117,7 +134,10 @@ arrived(const BlockRequest *request, const uint8_t *data)
 	int			saved_errno;
 
 	if (install_blocks(request->fork, request->block, request->count, data))
+	{
+		note_duration(request);
 		return OUTCOME_INSTALLED;
+	}
 	saved_errno = errno;
 	withdraw(request);
 	lazy_log("cannot write fetched blocks of relation %u/%u/%u fork %u: %s", tag->spcnode,
@@ -187,7 +207,7 @@ static void
 read_ahead(Scan *scan, uint32_t position)
 {
 	LazyFork   *fork = scan->fork;
-	uint64_t	window = (uint64_t) position + MAX_BATCH * (READAHEAD_BATCHES + 1);
+	uint64_t	window = (uint64_t) position + READAHEAD_WINDOW;
 	uint32_t	end = window < fork->nblocks ? (uint32_t) window : fork->nblocks;
 
 	if (scan->ahead < position)
@@ -209,11 +229,13 @@ scan_slot(const LazyFork *fork)
 	return &scans[(uintptr_t) fork / sizeof(LazyFork) % SCANS];
 }
 
-/* Small gaps are still sequential: the workers of a parallel scan take chunks in turn. */
+/* Gaps are still sequential: the workers of a parallel scan take chunks in turn. */
 static bool
 goes_on(const Scan *scan, const LazyFork *fork, uint32_t block)
 {
-	return scan->fork == fork && block >= scan->next && block - scan->next <= scan->batch;
+	uint32_t	gap = scan->batch < MAX_BATCH ? scan->batch : READAHEAD_WINDOW;
+
+	return scan->fork == fork && block >= scan->next && block - scan->next <= gap;
 }
 
 /* The scan that a miss of this block belongs to, a new one if it belongs to none. */
@@ -231,15 +253,28 @@ find_scan(LazyFork *fork, uint32_t block)
 
 /* ---- misses ---- */
 
-/* Another process asked for this block: give it a moment to install it. */
-static bool
+/*
+ * Another process asked for this block: give it the time that this usually takes.  It may be a process
+ * that does something else now and looks at its replies much later, or never.
+ */
+static void
 wait_for_other(const uint8_t *state)
 {
-	uint64_t	deadline = now_us() + REQUESTED_WAIT_US;
+	uint64_t	patience = 2 * request_us;
+	uint64_t	pause = 50;
+	uint64_t	deadline;
 
-	while (load_state(state) == BLOCK_REQUESTED && now_us() < deadline)
-		lazy_sleep_us(50);
-	return load_state(state) != BLOCK_REQUESTED;
+	if (patience < MIN_REQUESTED_WAIT_US)
+		patience = MIN_REQUESTED_WAIT_US;
+	if (patience > MAX_REQUESTED_WAIT_US)
+		patience = MAX_REQUESTED_WAIT_US;
+	deadline = now_us() + patience;
+	while (load_state(state) == BLOCK_REQUESTED && now_us() < deadline && !lazy_interrupted())
+	{
+		lazy_sleep_us(pause);
+		if (pause < 1000)
+			pause *= 2;
+	}
 }
 
 /* Ask for a block and for absent ones after it. */
@@ -272,7 +307,10 @@ request_miss(LazyFork *fork, uint32_t block, uint32_t wanted, bool alone)
 		post(fork, block, count, false);
 }
 
-/* A block that read-ahead asked for is needed now: the scan goes on, so does its read-ahead. */
+/*
+ * A block that read-ahead, ours or that of another process, asked for is needed now: the scan goes on,
+ * so does its read-ahead.
+ */
 static void
 continue_scan(LazyFork *fork, uint32_t block)
 {
@@ -280,6 +318,7 @@ continue_scan(LazyFork *fork, uint32_t block)
 
 	if (scan->batch != MAX_BATCH || !goes_on(scan, fork, block))
 		return;
+	scan->next = block;
 	for (unsigned i = 0; i < queued; i++)
 		if (covers(&queue[i], fork, block))
 			scan->next = queue[i].block + queue[i].count;
@@ -342,11 +381,17 @@ hydrate(LazyFork *fork, uint32_t block, uint32_t wanted)
 		}
 		if (now == BLOCK_REQUESTED && !waited && !in_queue(fork, block))
 		{
-			waited = true;
-			if (wait_for_other(state))
+			continue_scan(fork, block);
+			/* Our own replies first: others may be waiting for those just as we wait for theirs. */
+			if (queued == 0)
+			{
+				waited = true;
+				wait_for_other(state);
 				continue;
+			}
 		}
-		request_unless_queued(fork, block, wanted, refusals > 0);
+		else
+			request_unless_queued(fork, block, wanted, refusals > 0);
 		outcome = finish_oldest(&finished);
 		if (outcome == OUTCOME_INTERRUPTED)
 			return false;

@@ -212,6 +212,7 @@ typedef struct BlockRequest
 	uint32_t	block;
 	uint32_t	count;
 	bool		readahead;
+	uint64_t	posted_us;		/* when it was first sent, by the monotonic clock */
 } BlockRequest;
 
 typedef enum ReplyKind

@@ -133,6 +133,9 @@ class Faults:
     drop_after: int | None = None
     """Requests after which the connection is cut in the middle of a reply, once."""
     password: str | None = None
+    hold_from: int | None = None
+    """Replies to requests that begin at this block or a later one wait for `released`."""
+    released: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass
@@ -162,6 +165,7 @@ class PageServer:
         for sock in (listener, *self._connections):
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
+        self.faults.released.set()
         listener.close()
         for thread in self._threads:
             thread.join()
@@ -218,6 +222,8 @@ class PageServer:
             raise EOFError
         fork = Fork(spc, db, rel, forknum)
         self.requests.append((fork, block, count))
+        if self.faults.hold_from is not None and block >= self.faults.hold_from:
+            self.faults.released.wait()
         if self.faults.delay:
             time.sleep(self.faults.delay)
         for b in range(block, block + count):

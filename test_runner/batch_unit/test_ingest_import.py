@@ -291,10 +291,8 @@ def test_origins_and_tablespaces(origins: dict[int, int], tablespaces: dict[int,
 def test_keys_sort_as_relations_do(fields: tuple[int, int, int, int], blkno: int) -> None:
     rel = RelTag(*fields)
     key = keys.rel_block_key(rel, blkno)
-    assert keys.block_of_key(key) == (rel, blkno)
     assert keys.next_key(key) == keys.rel_block_key(rel, blkno + 1)
     size_key = keys.rel_size_key(rel)
     assert keys.rel_of_size_key(size_key) == rel
     start, end = keys.rel_size_range(rel.spcnode, rel.dbnode)
     assert start <= size_key < end <= key
-    assert keys.block_of_key(size_key) is None

@@ -84,6 +84,18 @@ def test_record_is_applied_to_each_block_it_names(bench: Bench) -> None:
     assert bench.datadir.get_rel_page(REL, 1, first).rstrip(b"\0") == b"0 %X" % first
 
 
+@pytest.mark.parametrize(("count", "rebuilt_again"), [(63, 0), (64, 64)])
+def test_only_reads_of_few_pages_fill_the_page_cache(
+    bench: Bench, count: int, rebuilt_again: int
+) -> None:
+    for blkno in range(count):
+        lsn = bench.add(Rmgr.BTREE, 0, b"x", [Block(REL, blkno, will_init=True)])
+    pages = bench.datadir.get_rel_pages(REL, 0, count, lsn)
+    rebuilt = len(bench.redo.requests)
+    assert bench.datadir.get_rel_pages(REL, 0, count, lsn) == pages
+    assert len(bench.redo.requests) - rebuilt == rebuilt_again
+
+
 def test_blocks_between_the_end_and_a_new_block_are_zeros(bench: Bench) -> None:
     lsn = bench.add(Rmgr.HASH, 0, b"x", [Block(REL, 5), Block(REL, 2)])
     assert size(bench, REL) == 6

@@ -219,6 +219,30 @@ def test_page_server_is_away_for_a_while(node: Node) -> None:
     assert "reading from pageserver" in node.postgres.log.read_text()
 
 
+def test_parallel_scan(node: Node) -> None:
+    accounts = relation(node.postgres, "pgbench_accounts")
+    parallel = (
+        "SET min_parallel_table_scan_size = 0",
+        "SET parallel_setup_cost = 0",
+        "SET parallel_tuple_cost = 0",
+        "SET max_parallel_workers_per_gather = 3",
+        "ALTER TABLE pgbench_accounts SET (parallel_workers = 3)",
+    )
+    plan = node.postgres.sql(*parallel, f"EXPLAIN {SCAN}")
+    assert any("Workers Planned: 3" in str(line) for line in plan)
+    assert node.postgres.sql(*parallel, SCAN) == [(300000, 0)]
+    size = node.postgres.value("SELECT pg_relation_size('pgbench_accounts')")
+    blocks = {
+        b
+        for fork, block, n in node.server.requests
+        if fork == accounts
+        for b in range(block, block + n)
+    }
+    assert isinstance(size, int)
+    assert blocks == set(range(size // BLOCK_SIZE))
+    assert node.statistics.errors == 0
+
+
 def test_connection_cut_in_the_middle_of_a_reply(node: Node) -> None:
     node.server.faults.drop_after = 12
     assert node.postgres.value(SCAN) == 300000

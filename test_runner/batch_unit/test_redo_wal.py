@@ -1,6 +1,5 @@
 """Redo of real WAL: every page that a workload changed, rebuilt and compared with the server's."""
 
-import dataclasses
 import random
 import shutil
 import struct
@@ -253,7 +252,7 @@ def damaged(request: RedoRequest, rng: random.Random) -> RedoRequest:
     for _ in range(rng.randint(1, 3)):
         raw[rng.choice([16, *range(HEADER_SIZE, len(raw))])] = rng.randrange(256)
     records[i] = (records[i][0], with_crc(bytes(raw)))
-    return dataclasses.replace(request, records=records)
+    return request._replace(records=records)
 
 
 def test_damaged_records_do_not_harm_others(recording: Recording, pool: WalRedoPool) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from fixtures.benchmark_fixture import MetricReport, ZenithBenchmarker
 from fixtures.pg_protocol import PgProtocol, VanillaPostgres
+from fixtures.postgres import Postgres
 from fixtures.utils import lsn_from_hex, wait_until
 from fixtures.zenith_env import ZenithEnv, ZenithEnvBuilder
 
@@ -54,6 +55,24 @@ def wait_caught_up(env: ZenithEnv, pg: PgProtocol) -> None:
         return lsn_from_hex(detail["local"]["last_record_lsn"])
 
     wait_until(lambda: last_record_lsn() >= target, timeout=300, what="the pageserver to catch up")
+
+
+def cold_scan(env: ZenithEnv, pg: Postgres) -> float:
+    """Seconds of the scan by a compute and a pageserver that have just started."""
+    pg.stop()
+    env.pageserver.stop()
+    drop_from_os_cache(env.repo_dir / "tenants")
+    env.pageserver.start()
+    pg.start()
+    return timed(pg, SCAN)
+
+
+def make_images(env: ZenithEnv, pg: Postgres) -> None:
+    """Have all pages as images in the pageserver."""
+    tenant, timeline = env.initial_tenant.hex, pg.spec()["timeline_id"]
+    env.zenith_cli.raw_cli(["tenant", "config", tenant, "-c", "image_creation_threshold:1"])
+    env.pageserver.safe_psql(f"checkpoint {tenant} {timeline}")
+    env.pageserver.safe_psql(f"compact {tenant} {timeline}")
 
 
 def test_start_to_first_query(
@@ -100,7 +119,10 @@ def test_load_and_cold_scan(
     zenbenchmark: ZenithBenchmarker,
     megabytes: int,
 ) -> None:
-    """Load and scan a table cold, Zenith and stock Postgres side by side."""
+    """Load and scan a table cold, Zenith and stock Postgres side by side.
+
+    Zenith scans it twice: as it was loaded, in layers of records, and when it is in image layers.
+    """
     vanilla_pg.configure("shared_buffers = 128MB\nmax_wal_size = 4GB\n")
     vanilla_pg.start()
     load = LOAD.format(rows=megabytes * ROWS_PER_MB)
@@ -121,15 +143,13 @@ def test_load_and_cold_scan(
     wait_caught_up(env, pg)
     catch_up = time.perf_counter() - begin
     pg.safe_psql("VACUUM big")
-    pg.stop()
-    env.pageserver.stop()
-    drop_from_os_cache(env.repo_dir / "tenants")
-    env.pageserver.start()
-    pg.start()
-    zenith_scan = timed(pg, SCAN)
+    zenith_scan = cold_scan(env, pg)
+    make_images(env, pg)
+    image_scan = cold_scan(env, pg)
     for name, value in (
         ("load: stock / Zenith", stock_load / (zenith_load + catch_up)),
         ("cold scan: stock / Zenith", stock_scan / zenith_scan),
+        ("cold scan of image layers: stock / Zenith", stock_scan / image_scan),
     ):
         zenbenchmark.record(name, value, "", MetricReport.HIGHER_IS_BETTER)
     for name, value in (
@@ -138,5 +158,6 @@ def test_load_and_cold_scan(
         ("pageserver behind the load", catch_up),
         ("stock cold scan", stock_scan),
         ("Zenith cold scan", zenith_scan),
+        ("Zenith cold scan of image layers", image_scan),
     ):
         zenbenchmark.record(name, value, "s", MetricReport.LOWER_IS_BETTER)
