@@ -20,17 +20,6 @@ def collect(timeline: Timeline, points: Sequence[int]) -> GcResult:
     measured = timeline.context.resources.measure("gc", timeline)
     with timeline.maintenance.turn(wait=True), measured:
         cutoff = timeline.latest_gc_cutoff_lsn
-        # Durable before the first deletion: after a crash nobody may believe that what is gone can
-        # be read, or begin a branch there.
-        timeline.metadata.update(
-            lambda metadata: replace(
-                metadata,
-                latest_gc_cutoff_lsn=max(cutoff, metadata.latest_gc_cutoff_lsn),
-            )
-        )
-        # What the plan finds missing must stay missing: a tombstone may go if nothing is left below
-        # it, and if that came back after a crash deleted keys would too.
-        timeline.maintenance.sync_removals()
         plan = plan_gc(
             timeline.view.layers,
             cutoff=cutoff,
@@ -39,5 +28,15 @@ def collect(timeline: Timeline, points: Sequence[int]) -> GcResult:
             disk_consistent_lsn=timeline.disk_consistent_lsn,
             is_empty=lambda image: timeline.maintenance.count_entries(image) == 0,
         )
-        timeline.maintenance.replace_layers((), [*plan.remove, *plan.tombstones])
+        # In one step, durable before the first deletion: after a crash nobody may believe that what
+        # is gone can be read, or begin a branch there; nor may a layer be back without the
+        # tombstone that hid it.
+        timeline.maintenance.replace_layers(
+            (),
+            [*plan.remove, *plan.tombstones],
+            lambda metadata: replace(
+                metadata,
+                latest_gc_cutoff_lsn=max(cutoff, metadata.latest_gc_cutoff_lsn),
+            ),
+        )
         return plan.counters

@@ -155,8 +155,9 @@ class Compactor:
         return len(merged_files)
 
     def _install(self, finished: Sequence[FinishedLayer], remove: Sequence[LayerFile]) -> None:
-        """Put new layers in place of others: durable names, readers' view, deletions."""
+        """Put new layers in place of others: names, list of layers, readers' view, deletions."""
         directory = self._timeline.directory
+        self._timeline.metadata.settle()
         names = {layer.name for layer in self._timeline.view.layers}
         # A layer of the same name, left by an interrupted round, has the same content.
         directory.discard(file for file in finished if file.name in names)

@@ -15,7 +15,7 @@ from pageserver.layered_repository.descriptor_cache import DescriptorCache
 from pageserver.layered_repository.ephemeral_file import EPHEMERAL_PREFIX
 from pageserver.layered_repository.files import Files
 from pageserver.layered_repository.layer_file import LayerFile
-from pageserver.layered_repository.layer_map_checks import check_layer
+from pageserver.layered_repository.layer_list import ListedLayer, list_number
 from pageserver.layered_repository.layer_name import LayerName
 from pageserver.layered_repository.memory_budget import MemoryBudget
 from pageserver.layered_repository.metadata import METADATA_FILE, TimelineMetadata
@@ -45,8 +45,15 @@ class TimelineFiles:
     timeline_id: TimelineId
     chosen: bool
     layers: list[tuple[LayerName, int]] = field(default_factory=list)
-    """Names and sizes in bytes, in the order of the names."""
+    """Names and sizes in bytes of the layer files there are, in the order of the names."""
+    lists: list[str] = field(default_factory=list)
+    """The files that list layers; the metadata names the one that counts."""
     leftovers: list[tuple[Path, str]] = field(default_factory=list)
+
+    @property
+    def sizes(self) -> dict[LayerName, int]:
+        """The sizes of the layer files by name."""
+        return dict(self.layers)
 
     @property
     def metadata_path(self) -> Path:
@@ -171,6 +178,8 @@ def _timeline(path: Path, timeline_id: TimelineId, chosen: bool) -> TimelineFile
                 except FileNotFoundError:
                     continue  # a pageserver that runs has removed it
                 timeline.layers.append((name, size))
+            elif list_number(entry.name) is not None:
+                timeline.lists.append(entry.name)
             elif entry.name != METADATA_FILE:
                 timeline.leftovers.append((path / entry.name, _what_is(entry.name)))
     return timeline
@@ -218,10 +227,17 @@ class _ReadOnly(Files):
 _READ_ONLY: Final = _ReadOnly()
 
 
+@dataclass(frozen=True, slots=True)
+class ReadableTimeline:
+    """What it takes to read from a timeline; `layers` are those that count."""
+
+    files: TimelineFiles
+    metadata: TimelineMetadata
+    layers: Sequence[ListedLayer]
+
+
 def open_timeline(
-    lineage: Sequence[tuple[TimelineFiles, TimelineMetadata]],
-    tenant: TenantFiles,
-    descriptors: DescriptorCache,
+    lineage: Sequence[ReadableTimeline], tenant: TenantFiles, descriptors: DescriptorCache
 ) -> Timeline:
     """A timeline to read from, given with its ancestors, of which the last is a root.
 
@@ -230,14 +246,10 @@ def open_timeline(
     resources = StoreResources(PageCache(0), descriptors, MemoryBudget(0), _READ_ONLY)
     context = StoreContext(StoreSettings(), _no_redo, resources, tenant.path, lambda _: [])
     timeline: Timeline | None = None
-    for files, metadata in reversed(lineage):
-        layers = [
-            layer
-            for layer in files.layer_files(tenant, descriptors)
-            if check_layer(layer, metadata) is None
-        ]
-        directory = files.directory(tenant, descriptors)
-        timeline = Timeline(directory, metadata, context, ancestor=timeline, layers=layers)
+    for readable in reversed(lineage):
+        directory = readable.files.directory(tenant, descriptors)
+        layers = [directory.layer(name, size) for name, size in readable.layers]
+        timeline = Timeline(directory, readable.metadata, context, ancestor=timeline, layers=layers)
     if timeline is None:
         raise ValueError("there is no timeline")
     return timeline

@@ -57,11 +57,11 @@ def test_a_flush_may_be_reported_before_its_freeze() -> None:
 def test_nobody_waits_where_no_flush_would_end_it() -> None:
     budget: MemoryBudget[str] = MemoryBudget(100)
     budget.grown("a", 1000)
-    assert budget.wait_for_room(1000.0)
+    assert budget.wait_for_room("b", 1000.0)
     budget.frozen("a", 1000)
-    assert not budget.wait_for_room(0.0)
+    assert not budget.wait_for_room("b", 0.0)
     budget.flushed("a", 1000)
-    assert budget.wait_for_room(1000.0)
+    assert budget.wait_for_room("b", 1000.0)
 
 
 def test_a_flush_a_stop_or_a_higher_limit_ends_the_wait() -> None:
@@ -72,7 +72,7 @@ def test_a_flush_a_stop_or_a_higher_limit_ends_the_wait() -> None:
         results: list[bool] = []
 
         def wait(budget: MemoryBudget[str] = budget, results: list[bool] = results) -> None:
-            results.append(budget.wait_for_room(60.0))
+            results.append(budget.wait_for_room("b", 60.0))
 
         thread = threading.Thread(target=wait)
         thread.start()
@@ -117,7 +117,7 @@ class Writer:
                     named.freeze()
                 finally:
                     named.lock.release()
-            while not self.budget.wait_for_room(60.0):
+            while not self.budget.wait_for_room(self, 60.0):
                 raise AssertionError("no flush in a minute")
 
 

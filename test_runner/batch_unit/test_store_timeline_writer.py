@@ -118,7 +118,7 @@ def test_checkpoint_distance_and_back_pressure(tmp_path: Path) -> None:
     assert len(reached) == 20
     wait_until(lambda: timeline.disk_consistent_lsn == timeline.last_record_lsn)
     assert timeline.get(key(24), 176) == b"x"
-    assert len(files(timeline)) == 2 + 5
+    assert len(files(timeline)) == 3 + 5
     repository.shutdown(flush=True)
 
 
