@@ -18,7 +18,8 @@ Protocol
   timeline runs. It waits only while there are frozen layers: their flush ends the wait.
 - Whoever fails to flush calls `flush_failed`. Until a flush of that timeline succeeds nobody else
   waits for its frozen layers. Its own writer does when the timelines whose flush fails have more
-  of them than the open layers leave: so they cannot use up what the others need.
+  of them than the open layers leave: so they cannot use up what the others need. What they have
+  beyond that, the open layers have less.
 - A timeline that stops calls `forget`.
 """
 
@@ -81,7 +82,7 @@ class MemoryBudget(Generic[T]):
         """Say how large the open layer of a timeline is; returns the timeline to freeze, if any."""
         with self._room:
             self._set_open(timeline, size)
-            if self._open_total <= self._limit:
+            if self._open_total <= self._open_limit():
                 return None
             if self._open_total > self.hard_limit:
                 return timeline
@@ -136,11 +137,22 @@ class MemoryBudget(Generic[T]):
         return True
 
     def _must_wait(self, timeline: T) -> bool:
-        failing = sum(self._frozen.get(other, 0) for other in self._failing)
+        failing = self._failing_total()
         if timeline in self._failing and failing > self.failing_limit:
             return True
         passed = self._open_total + self._frozen_total > self.hard_limit
         return passed and self._frozen_total > failing
+
+    def _open_limit(self) -> int:
+        """Less than the limit if timelines whose flush fails hold more than they may.
+
+        What they had when it first failed may be as much as one open layer can have.
+        """
+        excess = max(self._failing_total() - self.failing_limit, 0)
+        return self._limit - min(excess, self._limit // 2)
+
+    def _failing_total(self) -> int:
+        return sum(self._frozen.get(timeline, 0) for timeline in self._failing)
 
     def _set_open(self, timeline: T, size: int) -> None:
         self._open_total += size - self._open.get(timeline, 0)

@@ -87,6 +87,48 @@ def test_a_flush_a_stop_or_a_higher_limit_ends_the_wait() -> None:
         assert results == [True]
 
 
+def test_a_timeline_whose_flush_fails_stalls_only_itself() -> None:
+    budget: MemoryBudget[str] = MemoryBudget(100)
+    assert budget.failing_limit == 50
+    budget.frozen("a", 160)
+    # Its flush would end the wait, as far as anybody knows.
+    assert not budget.wait_for_room("a", 0.0)
+    assert not budget.wait_for_room("b", 0.0)
+    budget.flush_failed("a")
+    assert budget.wait_for_room("b", 1000.0)
+    assert not budget.wait_for_room("a", 0.0)
+    # There is less for the others' open layers, but something.
+    assert budget.grown("b", 50) is None
+    assert budget.grown("b", 51) == "b"
+    budget.grown("b", 0)
+    # What others freeze is flushed: that is worth waiting for.
+    budget.frozen("b", 10)
+    assert not budget.wait_for_room("b", 0.0)
+    budget.flushed("b", 10)
+    assert budget.wait_for_room("b", 1000.0)
+    # Until a flush works again.
+    budget.flushed("a", 60)
+    assert budget.wait_for_room("a", 1000.0)
+    budget.frozen("a", 60)
+    assert not budget.wait_for_room("b", 0.0)
+
+
+def test_timelines_whose_flush_fails_share_one_limit() -> None:
+    budget: MemoryBudget[str] = MemoryBudget(100)
+    for timeline in "abc":
+        budget.flush_failed(timeline)  # before the freeze is reported: not worth a note
+        budget.frozen(timeline, 20)
+    for timeline in "ab":
+        budget.flush_failed(timeline)
+        assert budget.wait_for_room(timeline, 1000.0)
+    budget.flush_failed("c")
+    for timeline in "abc":
+        assert not budget.wait_for_room(timeline, 0.0)
+    assert budget.wait_for_room("d", 1000.0)
+    budget.forget("b")
+    assert budget.wait_for_room("a", 1000.0)
+
+
 class Writer:
     """A timeline as the protocol wants it: a writer lock, an open size, frozen sizes."""
 
