@@ -156,16 +156,13 @@ class Compactor:
 
     def _install(self, finished: Sequence[FinishedLayer], remove: Sequence[LayerFile]) -> None:
         """Put new layers in place of others: names, list of layers, readers' view, deletions."""
-        directory = self._timeline.directory
-        self._timeline.metadata.settle()
+        directory, maintenance = self._timeline.directory, self._timeline.maintenance
         names = {layer.name for layer in self._timeline.view.layers}
-        # A layer of the same name, left by an interrupted round, has the same content.
+        # A layer of the same name has the same content.
         directory.discard(file for file in finished if file.name in names)
-        added = directory.install([file for file in finished if file.name not in names])
+        added = maintenance.install([file for file in finished if file.name not in names])
         kept = {file.name for file in finished}
-        self._timeline.maintenance.replace_layers(
-            added, [layer for layer in remove if layer.name not in kept]
-        )
+        maintenance.replace_layers(added, [layer for layer in remove if layer.name not in kept])
 
     def _new_writer(self) -> LayerWriter:
         return self._timeline.directory.new_writer(compress=self._timeline.settings.compress_layers)

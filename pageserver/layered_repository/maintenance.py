@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from pageserver.layered_repository.errors import TimelineStopped
 from pageserver.layered_repository.layer_file import LayerFile
 from pageserver.layered_repository.metadata_keeper import Change, unchanged
+from pageserver.layered_repository.timeline_dir import FinishedLayer
 
 if TYPE_CHECKING:
     from pageserver.layered_repository.timeline import Timeline
@@ -51,6 +52,18 @@ class Maintenance:
         """Raise TimelineStopped when it is time to end."""
         if self.stopping:
             raise TimelineStopped(f"timeline {self._timeline.timeline_id} is being shut down")
+
+    def install(self, finished: Sequence[FinishedLayer]) -> list[LayerFile]:
+        """Give new files their names, for `replace_layers`. If that fails none of them stays.
+
+        Raises what MetadataKeeper.settle does.
+        """
+        try:
+            self._timeline.metadata.settle()
+        except BaseException:
+            self._timeline.directory.discard(finished)
+            raise
+        return self._timeline.directory.install(finished)
 
     def replace_layers(
         self,
