@@ -32,7 +32,7 @@ def storage() -> None:
 @click.argument("layer_file", type=click.Path(path_type=Path))
 @click.option("--values", is_flag=True, help="Print the bytes of the values too.")
 def storage_dump(layer_file: Path, values: bool) -> None:
-    """Print what a layer file holds.
+    """Print what a layer file, or the list of a timeline's layers, holds.
 
     The whole file is verified first; then come key, LSN, kind and size of each value. A pageserver
     may run meanwhile: the file never changes.

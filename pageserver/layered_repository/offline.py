@@ -34,7 +34,8 @@ TENANTS_DIR: Final = "tenants"
 PID_FILE: Final = "pageserver.pid"
 _TOMBSTONE_LIMIT: Final = 512  # bytes; an image that is larger has a key
 _OLD_SUFFIX: Final = ".old"
-_IDS_OFFSET: Final = 16  # of tenant and timeline, 16 bytes each, in the header of a layer file
+# Of tenant and timeline, 16 bytes each, in the headers of layer files and lists of layers.
+_IDS_OFFSET: Final = 16
 
 
 @dataclass(slots=True)
@@ -136,7 +137,7 @@ def _tenant(path: Path, only: Path | None) -> TenantFiles:
     try:
         tenant_id = TenantId.parse(path.name)
     except IdParseError:
-        tenant_id = TenantId(_ids_in_layers(path)[0])
+        tenant_id = TenantId(_ids_in_files(path)[0])
     tenant = TenantFiles(path, tenant_id, {})
     for timeline_path in sorted((path / TIMELINES_DIR).iterdir()):
         timeline_id = _timeline_id(timeline_path)
@@ -153,7 +154,7 @@ def _tenant(path: Path, only: Path | None) -> TenantFiles:
 
 
 def _lonely_timeline(path: Path) -> TenantFiles:
-    tenant_raw, timeline_raw = _ids_in_layers(path)
+    tenant_raw, timeline_raw = _ids_in_files(path)
     timeline_id = TimelineId(timeline_raw)
     timeline = _timeline(path, timeline_id, True)
     return TenantFiles(path, TenantId(tenant_raw), {timeline_id: timeline}, alone=True)
@@ -193,10 +194,10 @@ def _what_is(name: str) -> str:
     return "not a file of the store"
 
 
-def _ids_in_layers(path: Path) -> tuple[bytes, bytes]:
-    """Tenant and timeline by the header of some layer file below a directory; zeros without one."""
-    for file in path.rglob("*__*"):
-        if LayerName.parse(file.name) is not None:
+def _ids_in_files(path: Path) -> tuple[bytes, bytes]:
+    """Tenant and timeline by the header of some file below a directory; zeros without one."""
+    for file in path.rglob("*"):
+        if LayerName.parse(file.name) is not None or list_number(file.name) is not None:
             with file.open("rb") as opened:
                 header = opened.read(_IDS_OFFSET + 32)
             if len(header) == _IDS_OFFSET + 32:

@@ -372,6 +372,12 @@ def test_a_root_without_keys(tmp_path: Path) -> None:
         support.put(timeline, 32, (1, IMAGE, b"new"))
         timeline.checkpoint()
     assert list(verify(tmp_path / str(TENANT))) == []
+    # Not even a layer is left that tells whose files they are.
+    path = timeline.directory.path
+    for layer in path.glob("*__*"):
+        layer.unlink()
+    support.list_all_layers(directory_of(path))
+    assert list(verify(path.rename(tmp_path / "copy"))) == []
 
 
 def test_many_findings_of_a_kind(tmp_path: Path) -> None:
