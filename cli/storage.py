@@ -64,7 +64,7 @@ def storage_dump(layer_file: Path, values: bool) -> None:
 @click.option(
     "--names-only",
     is_flag=True,
-    help="Check metadata and the names of layers only: quick, however large they are.",
+    help="Check metadata, names and sizes of layers only: quick, however large they are.",
 )
 @pass_context
 def storage_verify(ctx: CliContext, path: Path | None, online: bool, names_only: bool) -> int:

@@ -115,8 +115,8 @@ def verify(
 ) -> Iterator[Finding]:
     """Check everything under `path` and go on after each problem; the findings as they come.
 
-    `online`: only what is safe while a pageserver runs. `names_only`: metadata and the names of
-    the layers, none of which is opened. `progress` is called often, with the same object. Raises
+    `online`: only what is safe while a pageserver runs. `names_only`: metadata, names and sizes
+    of the layers, none of which is opened. `progress` is called often, with the same object. Raises
     VerifyError.
     """
     if not online:
@@ -473,7 +473,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--names-only",
         action="store_true",
-        help="check metadata and the names of layers only: quick, however large they are",
+        help="check metadata, names and sizes of layers only: quick, however large they are",
     )
     options = parser.parse_args(argv)
     try:
