@@ -5,6 +5,7 @@ Nothing is changed, not even what a start would tidy up.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,9 +14,10 @@ from typing import Any, Final, NoReturn
 
 from pageserver.layered_repository.descriptor_cache import DescriptorCache
 from pageserver.layered_repository.ephemeral_file import EPHEMERAL_PREFIX
+from pageserver.layered_repository.errors import StoreError
 from pageserver.layered_repository.files import Files
 from pageserver.layered_repository.layer_file import LayerFile
-from pageserver.layered_repository.layer_list import ListedLayer, list_number
+from pageserver.layered_repository.layer_list import ListedLayer, decode_list, list_number
 from pageserver.layered_repository.layer_name import LayerName
 from pageserver.layered_repository.memory_budget import MemoryBudget
 from pageserver.layered_repository.metadata import METADATA_FILE, TimelineMetadata
@@ -34,8 +36,7 @@ TENANTS_DIR: Final = "tenants"
 PID_FILE: Final = "pageserver.pid"
 _TOMBSTONE_LIMIT: Final = 512  # bytes; an image that is larger has a key
 _OLD_SUFFIX: Final = ".old"
-# Of tenant and timeline, 16 bytes each, in the headers of layer files and lists of layers.
-_IDS_OFFSET: Final = 16
+_IDS_OFFSET: Final = 16  # of tenant and timeline, 16 bytes each, in the header of a layer file
 
 
 @dataclass(slots=True)
@@ -196,12 +197,17 @@ def _what_is(name: str) -> str:
 
 def _ids_in_files(path: Path) -> tuple[bytes, bytes]:
     """Tenant and timeline by the header of some file below a directory; zeros without one."""
-    for file in path.rglob("*"):
-        if LayerName.parse(file.name) is not None or list_number(file.name) is not None:
+    for file in path.rglob("*__*"):
+        if LayerName.parse(file.name) is not None:
             with file.open("rb") as opened:
                 header = opened.read(_IDS_OFFSET + 32)
             if len(header) == _IDS_OFFSET + 32:
                 return header[_IDS_OFFSET : _IDS_OFFSET + 16], header[_IDS_OFFSET + 16 :]
+    for file in path.rglob("layers-*"):
+        # Unlike a layer, one that does not count may be half written.
+        with contextlib.suppress(OSError, StoreError):
+            content, _ = decode_list(file.read_bytes(), file)
+            return content.tenant_id.raw, content.timeline_id.raw
     return bytes(16), bytes(16)
 
 
