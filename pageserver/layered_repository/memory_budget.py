@@ -18,8 +18,8 @@ Protocol
   timeline runs. It waits only while there are frozen layers: their flush ends the wait.
 - Whoever fails to flush calls `flush_failed`. Until a flush of that timeline succeeds nobody else
   waits for its frozen layers. Its own writer does when the timelines whose flush fails have more
-  of them than the open layers leave: so they cannot use up what the others need. What they have
-  beyond that, the open layers have less.
+  of them than the open layers leave: so they cannot use up what the others need. What they hold
+  beyond that the others' open layers have less, down to a quarter of the limit.
 - A timeline that stops calls `forget`.
 """
 
@@ -82,11 +82,18 @@ class MemoryBudget(Generic[T]):
         """Say how large the open layer of a timeline is; returns the timeline to freeze, if any."""
         with self._room:
             self._set_open(timeline, size)
-            if self._open_total <= self._open_limit():
+            if timeline in self._failing:
+                return timeline if self._open_total > self._limit else None
+            if self._open_total <= self._limit and not self._failing:
                 return None
-            if self._open_total > self.hard_limit:
+            # To freeze a layer that cannot be flushed gives nothing back.
+            sizes = {x: size for x, size in self._open.items() if x not in self._failing}
+            open_limit, total = self._open_limit(), sum(sizes.values())
+            if total <= open_limit:
+                return None
+            if total > open_limit + self._limit // 2:
                 return timeline
-            return max(self._open, key=self._open.__getitem__)
+            return max(sizes, key=sizes.__getitem__)
 
     def frozen(self, timeline: T, size: int) -> None:
         """The open layer became a frozen one of `size` bytes; the new open one is empty."""
@@ -144,12 +151,12 @@ class MemoryBudget(Generic[T]):
         return passed and self._frozen_total > failing
 
     def _open_limit(self) -> int:
-        """Less than the limit if timelines whose flush fails hold more than they may.
+        """Of the open layers of timelines whose flush works: less if the others hold too much.
 
-        What they had when it first failed may be as much as one open layer can have.
+        What they have when it first fails may be all there is; a quarter is left to others then.
         """
-        excess = max(self._failing_total() - self.failing_limit, 0)
-        return self._limit - min(excess, self._limit // 2)
+        held = self._failing_total() + sum(self._open.get(x, 0) for x in self._failing)
+        return max(self._limit - max(held - self.failing_limit, 0), self._limit // 4)
 
     def _failing_total(self) -> int:
         return sum(self._frozen.get(timeline, 0) for timeline in self._failing)

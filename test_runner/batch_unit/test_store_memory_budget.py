@@ -98,9 +98,14 @@ def test_a_timeline_whose_flush_fails_stalls_only_itself() -> None:
     assert budget.wait_for_room("b", 1000.0)
     assert not budget.wait_for_room("a", 0.0)
     # There is less for the others' open layers, but something.
-    assert budget.grown("b", 50) is None
-    assert budget.grown("b", 51) == "b"
-    budget.grown("b", 0)
+    assert budget.grown("b", 25) is None
+    assert budget.grown("b", 26) == "b"
+    # Nor is anybody told to freeze what cannot be flushed.
+    budget.grown("a", 40)
+    assert budget.grown("b", 25) is None
+    assert budget.grown("c", 5) == "b"
+    for timeline in "abc":
+        budget.grown(timeline, 0)
     # What others freeze is flushed: that is worth waiting for.
     budget.frozen("b", 10)
     assert not budget.wait_for_room("b", 0.0)

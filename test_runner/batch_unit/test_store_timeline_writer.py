@@ -346,7 +346,7 @@ def test_a_timeline_that_cannot_be_flushed_stalls_only_itself(tmp_path: Path) ->
             assert len(written) < 50
             for lsn in range(24, 24 + 8 * 100, 8):
                 put(good, lsn, (1, IMAGE, page))
-                assert budget.total < budget.hard_limit + (8 << 20)
+                assert budget.total < budget.hard_limit + (12 << 20)
             assert good.get(key(1), good.last_record_lsn) == page
             assert good.disk_consistent_lsn > 24
             assert bad.disk_consistent_lsn == 16
