@@ -32,7 +32,7 @@ def storage() -> None:
 @click.argument("layer_file", type=click.Path(path_type=Path))
 @click.option("--values", is_flag=True, help="Print the bytes of the values too.")
 def storage_dump(layer_file: Path, values: bool) -> None:
-    """Print what a layer file holds.
+    """Print what a layer file, or the list of a timeline's layers, holds.
 
     The whole file is verified first; then come key, LSN, kind and size of each value. A pageserver
     may run meanwhile: the file never changes.
@@ -64,7 +64,7 @@ def storage_dump(layer_file: Path, values: bool) -> None:
 @click.option(
     "--names-only",
     is_flag=True,
-    help="Check metadata and the names of layers only: quick, however large they are.",
+    help="Check metadata, names and sizes of layers only: quick, however large they are.",
 )
 @pass_context
 def storage_verify(ctx: CliContext, path: Path | None, online: bool, names_only: bool) -> int:

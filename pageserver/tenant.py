@@ -88,7 +88,8 @@ class Shared:
 class Tenant:
     """One tenant: its settings, repository, redo processes and loaded timelines.
 
-    Raises ConfigError if the settings on disk are wrong.
+    Its folder is durable, with the one for timelines in it. Raises ConfigError if the settings on
+    disk are wrong.
     """
 
     def __init__(self, tenant_id: TenantId, shared: Shared) -> None:
@@ -115,6 +116,7 @@ class Tenant:
             self.settings.store_settings(_common_settings(conf)),
             self._reconstruct,
             resources=shared.resources,
+            durable=True,
         )
         self._lock = threading.Lock()
         self._creating: set[TimelineId] = set()

@@ -82,6 +82,11 @@ class TenantManager:
         Foreign folders are left alone.
         """
         self.conf.tenants_path.mkdir(exist_ok=True)
+        # A tenant gets its name with everything in it synced, see _make_tenant_directory(). Only
+        # that name may not be durable yet, if the last process was killed: nothing may be made in a
+        # tenant that a crash would take away. One sync serves all of them.
+        for path in (self.conf.tenants_path.parent, self.conf.tenants_path):
+            fsync_dir(path)
         for path in sorted(self.conf.tenants_path.iterdir()):
             if is_temp_file(path):
                 shutil.rmtree(path)  # of a tenant that was being made

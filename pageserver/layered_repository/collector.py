@@ -7,25 +7,21 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pageserver.layered_repository.gc_plan import GcResult, plan_gc
-from zenith_utils.lsn import Lsn
+from pageserver.layered_repository.metadata_keeper import Change
 
 if TYPE_CHECKING:
     from pageserver.layered_repository.timeline import Timeline
 
 
-def persist_cutoff(timeline: Timeline) -> Lsn:
-    """Make the published cutoff durable; returns it. Raises OSError.
+def raise_cutoff(cutoff: int) -> Change:
+    """Have the metadata say that nothing can be read below `cutoff`.
 
-    Before anything is deleted that only reads below it need: after a crash nobody may believe that
-    what is gone can be read, or begin a branch there.
+    In the same step as the change of layers that takes away what only such reads need: after a
+    crash nobody may believe that what is gone can be read, or begin a branch there.
     """
-    cutoff = timeline.latest_gc_cutoff_lsn
-    timeline.metadata.update(
-        lambda metadata: replace(
-            metadata, latest_gc_cutoff_lsn=max(cutoff, metadata.latest_gc_cutoff_lsn)
-        )
+    return lambda metadata: replace(
+        metadata, latest_gc_cutoff_lsn=max(cutoff, metadata.latest_gc_cutoff_lsn)
     )
-    return cutoff
 
 
 def collect(timeline: Timeline, points: Sequence[int]) -> GcResult:
@@ -35,10 +31,7 @@ def collect(timeline: Timeline, points: Sequence[int]) -> GcResult:
     """
     measured = timeline.context.resources.measure("gc", timeline)
     with timeline.maintenance.turn(wait=True), measured:
-        cutoff = persist_cutoff(timeline)
-        # What the plan finds missing must stay missing: a tombstone may go if nothing is left below
-        # it, and if that came back after a crash deleted keys would too.
-        timeline.maintenance.sync_removals()
+        cutoff = timeline.latest_gc_cutoff_lsn
         plan = plan_gc(
             timeline.view.layers,
             cutoff=cutoff,
@@ -47,5 +40,8 @@ def collect(timeline: Timeline, points: Sequence[int]) -> GcResult:
             disk_consistent_lsn=timeline.disk_consistent_lsn,
             is_empty=lambda image: timeline.maintenance.count_entries(image) == 0,
         )
-        timeline.maintenance.replace_layers((), [*plan.remove, *plan.tombstones])
+        # In one step, so that no layer is back after a crash without the tombstone that hid it.
+        timeline.maintenance.replace_layers(
+            (), [*plan.remove, *plan.tombstones], raise_cutoff(cutoff)
+        )
         return plan.counters

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from pageserver.layered_repository.collector import persist_cutoff
+from pageserver.layered_repository.collector import raise_cutoff
 from pageserver.layered_repository.compaction_plan import (
     Split,
     garbage_images_due,
@@ -23,6 +23,7 @@ from pageserver.layered_repository.layer_merge import FinishedFile, merge_layers
 from pageserver.layered_repository.layer_name import MAX_KEY, MIN_KEY, LayerName
 from pageserver.layered_repository.layer_split import split_layer
 from pageserver.layered_repository.layer_writer import LayerWriter
+from pageserver.layered_repository.metadata_keeper import Change, unchanged
 from pageserver.layered_repository.partitioning import Part, Partitioning, partition
 from pageserver.layered_repository.timeline_dir import FinishedLayer
 
@@ -179,39 +180,45 @@ class Compactor:
             return 0
         points = timeline.retain_points()
         due = splits_due(layers, cutoff=cutoff, points=points, quiet=quiet)
-        if due:
-            persist_cutoff(timeline)
         for split in due:
             timeline.maintenance.check_not_stopping()
             with timeline.context.resources.measure("compact", timeline):
-                self._split(split)
+                self._split(split, cutoff)
         return len(due)
 
-    def _split(self, split: Split[LayerFile]) -> None:
+    def _split(self, split: Split[LayerFile], cutoff: int) -> None:
         timeline = self._timeline
         pieces = split_layer(
             split.layer, split.keep, self._new_writer, stop=lambda: timeline.maintenance.stopping
         )
-        self._replace([split.layer], pieces)
+        self._replace([split.layer], pieces, raise_cutoff(cutoff))
 
     # ---- files
 
     def _replace(
-        self, layers: Sequence[LayerFile], files: Sequence[tuple[FinishedFile, LayerName]]
+        self,
+        layers: Sequence[LayerFile],
+        files: Sequence[tuple[FinishedFile, LayerName]],
+        change: Change = unchanged,
     ) -> None:
-        self._install([FinishedLayer(file.path, file.size, name) for file, name in files], layers)
+        finished = [FinishedLayer(file.path, file.size, name) for file, name in files]
+        self._install(finished, layers, change)
 
-    def _install(self, finished: Sequence[FinishedLayer], remove: Sequence[LayerFile]) -> None:
-        """Put new layers in place of others: durable names, readers' view, deletions."""
-        directory = self._timeline.directory
+    def _install(
+        self,
+        finished: Sequence[FinishedLayer],
+        remove: Sequence[LayerFile],
+        change: Change = unchanged,
+    ) -> None:
+        """Put new layers in place of others: names, list of layers, readers' view, deletions."""
+        directory, maintenance = self._timeline.directory, self._timeline.maintenance
         names = {layer.name for layer in self._timeline.view.layers}
-        # A layer of the same name, left by an interrupted round, has the same content.
+        # A layer of the same name has the same content.
         directory.discard(file for file in finished if file.name in names)
-        added = directory.install([file for file in finished if file.name not in names])
+        added = maintenance.install([file for file in finished if file.name not in names])
         kept = {file.name for file in finished}
-        self._timeline.maintenance.replace_layers(
-            added, [layer for layer in remove if layer.name not in kept]
-        )
+        gone = [layer for layer in remove if layer.name not in kept]
+        maintenance.replace_layers(added, gone, change)
 
     def _new_writer(self) -> LayerWriter:
         return self._timeline.directory.new_writer(compress=self._timeline.settings.compress_layers)

@@ -1,4 +1,7 @@
-"""Dump of a layer file: `python -m pageserver.layered_repository.dump_layer [--values] FILE`."""
+"""Dump of a layer file, or of the list of a timeline's layers.
+
+`python -m pageserver.layered_repository.dump_layer [--values] FILE`
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,9 @@ import sys
 from pathlib import Path
 from typing import Final, TextIO
 
-from pageserver.layered_repository.errors import CorruptLayerError, FormatVersionError
+from pageserver.layered_repository.errors import CorruptLayerError, StoreError
 from pageserver.layered_repository.layer_file import LayerFile, LayerStats
+from pageserver.layered_repository.layer_list import decode_list, list_number
 from pageserver.layered_repository.layer_name import LayerName
 from zenith_utils.ids import TenantId, TimelineId
 from zenith_utils.lsn import lsn_text
@@ -39,8 +43,12 @@ def open_layer(path: Path) -> tuple[LayerFile, TenantId, TimelineId]:
 def dump(path: Path, out: TextIO, *, values: bool = False) -> None:
     """Verify the whole file, then print what it is made of and every entry.
 
-    With `values` their bytes too. Raises what open_layer() and LayerFile.verify() do.
+    With `values` their bytes too. Raises what open_layer() and LayerFile.verify() do,
+    CorruptMetadataError.
     """
+    if list_number(path.name) is not None:
+        _dump_list(path, out)
+        return
     layer, tenant, timeline = open_layer(path)
     stats = layer.verify()
     kind = "image" if layer.is_image else "delta"
@@ -53,6 +61,18 @@ def dump(path: Path, out: TextIO, *, values: bool = False) -> None:
         init = " will_init" if flags & 1 else ""
         line = f"{key.hex().upper()} {lsn_text(lsn)} kind {flags >> 1}{init} {len(data)} bytes"
         print(f"{line} {data.hex()}" if values else line, file=out)
+
+
+def _dump_list(path: Path, out: TextIO) -> None:
+    content, _ = decode_list(path.read_bytes(), path)
+    print(
+        f"list {content.number} of the layers of tenant {content.tenant_id} timeline "
+        f"{content.timeline_id}: {len(content.layers)} layers, "
+        f"{sum(layer.size for layer in content.layers)} bytes",
+        file=out,
+    )
+    for name, size in content.layers:
+        print(f"{name} {size}", file=out)
 
 
 def _statistics(stats: LayerStats, header: dict[str, int]) -> list[str]:
@@ -74,13 +94,15 @@ def _ratio(plain: int, stored: int) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Print what a layer file holds.")
+    parser = argparse.ArgumentParser(
+        description="Print what a layer file or a list of layers holds."
+    )
     parser.add_argument("file", type=Path)
     parser.add_argument("--values", action="store_true", help="print the bytes of the values")
     options = parser.parse_args()
     try:
         dump(options.file, sys.stdout, values=options.values)
-    except (ValueError, OSError, CorruptLayerError, FormatVersionError, ZstdUnavailable) as error:
+    except (ValueError, OSError, StoreError, ZstdUnavailable) as error:
         sys.exit(str(error))
 
 

@@ -32,7 +32,16 @@ class CorruptLayerError(CorruptFileError):
 
 
 class CorruptMetadataError(CorruptFileError):
-    """The metadata file of a timeline does not hold what was written to it."""
+    """The metadata or the list of layers of a timeline does not hold what was written to it."""
+
+
+class MissingFileError(StoreError):
+    """A file that a timeline needs is not there."""
+
+    def __init__(self, path: Path | str, reason: str) -> None:
+        super().__init__(f"{path}: missing: {reason}")
+        self.path = Path(path)
+        self.reason = reason
 
 
 class FormatVersionError(StoreError):

@@ -69,6 +69,19 @@ class Files:
         """Make the entries of a directory durable: creations, renames and removals in it."""
         fsync_dir(Path(path))
 
+    def write_file(self, path: str | Path, data: Buffer) -> None:
+        """Write a file and make its content durable, not yet its name. If it fails none stays."""
+        fd = self.create(path)
+        try:
+            try:
+                self.write(fd, path, data, 0)
+                self.fsync(fd, path)
+            finally:
+                self.close(fd)
+        except BaseException:
+            self.discard(path)
+            raise
+
     def write_file_durably(self, path: str | Path, data: Buffer) -> None:
         """Replace the file at `path` by one holding `data`, atomically and durably.
 
@@ -77,20 +90,24 @@ class Files:
         at most a file that is_temp_file() recognises.
         """
         path = Path(path)
-        temp = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMP_SUFFIX}")
-        fd = self.create(temp)
+        temp = temp_path(path)
+        self.write_file(temp, data)
         try:
-            try:
-                self.write(fd, temp, data, 0)
-                self.fsync(fd, temp)
-            finally:
-                self.close(fd)
             self.rename(temp, path)
         except BaseException:
-            with contextlib.suppress(OSError):
-                self.unlink(temp)
+            self.discard(temp)
             raise
         self.fsync_dir(path.parent)
+
+    def discard(self, path: str | Path) -> None:
+        """Remove a file that does not count, if that is possible: the next start does it else."""
+        with contextlib.suppress(OSError):
+            self.unlink(path)
+
+
+def temp_path(path: Path) -> Path:
+    """A name that no file has, for one that is to replace that at `path`."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMP_SUFFIX}")
 
 
 FILES: Final = Files()

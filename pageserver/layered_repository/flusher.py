@@ -55,8 +55,12 @@ class LayerFlusher:
                     return
                 if self._stopping.is_set():
                     raise TimelineStopped(f"timeline {self._timeline.timeline_id} was shut down")
-                with self._timeline.context.resources.measure("layer flush", self._timeline):
-                    self._flush_layer(layer)
+                try:
+                    with self._timeline.context.resources.measure("layer flush", self._timeline):
+                        self._flush_layer(layer)
+                except BaseException:
+                    self._timeline.context.resources.memory.flush_failed(self._timeline)
+                    raise
 
     def join(self) -> None:
         """Stop after the layer in progress and wait for the thread and for callers of `flush`."""
@@ -69,24 +73,25 @@ class LayerFlusher:
             thread.join()
 
     def _flush_layer(self, layer: InMemoryLayer) -> None:
-        """Write the oldest frozen layer: its files, the metadata, then the readers' view.
+        """Write the oldest frozen layer: its files, list of layers and metadata, readers' view.
 
-        A crash or an error in between leaves files beyond disk_consistent_lsn, which the next
-        start sets aside and the next attempt overwrites. The metadata comes last of what is
-        written: once it says so the WAL need not come again.
+        A crash in between leaves files beyond disk_consistent_lsn, which the next start sets aside.
+        The layers and the LSN count in one step: once it is done the WAL need not come again.
         """
         timeline = self._timeline
         timeline.persist()
+        timeline.metadata.settle()
         files = timeline.directory.write_frozen(layer)
-        timeline.metadata.update(
+        timeline.metadata.commit(
             lambda metadata: replace(
                 metadata,
                 disk_consistent_lsn=layer.end_lsn - 1,
                 prev_record_lsn=layer.prev_record_lsn,
                 latest_gc_cutoff_lsn=timeline.latest_gc_cutoff_lsn,
-            )
+            ),
+            add=files,
+            flushed=True,
         )
-        timeline.layer_set.flushed(files)
         timeline.context.resources.memory.flushed(timeline, layer.memory_size)
 
     def _run(self) -> None:

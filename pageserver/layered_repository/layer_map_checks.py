@@ -1,17 +1,9 @@
 """What metadata and the names of layers alone prove to be wrong with a timeline.
 
-Pure: no I/O. What the names prove is less than one may wish, because of how layers come to be:
-
-- A flush writes no delta for WAL that changed no key, so between two deltas there may be LSNs that
-  none covers. A merge gives each new delta the range of the keys that it holds, so there may be
-  keys that no delta covers at some LSN. A hole in the coverage is therefore not proof that a layer
-  is missing, and nothing can be said of a hole at some keys. LSNs that no delta covers at any key
-  are worth a note, as such WAL is rare.
-- Garbage collection takes the layers below images, and a tombstone (an empty image) with nothing
-  below it: that a key range has no image does not prove that one is missing. But every timeline
-  that was imported keeps at least one image.
-
-What is missing shows when values are read that were built on it: see verify_reads.py.
+Pure: no I/O. Which layers there must be is known from the timeline's list. That they are a whole
+history cannot be told by their names: a flush writes no delta for WAL that changed no key, a merge
+gives each new delta the range of the keys that it holds, and garbage collection takes everything
+away where no key is left. Whether they are shows when values are read: see verify_reads.py.
 """
 
 from __future__ import annotations
@@ -99,12 +91,11 @@ def check_ancestor(metadata: TimelineMetadata, ancestor: TimelineMetadata) -> li
 
 
 def check_layer(layer: LayerRange, metadata: TimelineMetadata) -> Remark | None:
-    """Whether a layer lies within the LSNs of its timeline."""
+    """Whether a layer that counts lies within the LSNs of its timeline."""
     if layer.end_lsn > metadata.disk_consistent_lsn + 1:
         return Remark(
-            f"beyond disk_consistent_lsn {lsn_text(metadata.disk_consistent_lsn)}: the next start "
-            "sets it aside, its WAL comes again",
-            is_problem=False,
+            f"it ends at {lsn_text(layer.end_lsn)}, beyond disk_consistent_lsn "
+            f"{lsn_text(metadata.disk_consistent_lsn)}"
         )
     if layer.start_lsn <= metadata.ancestor_lsn:
         return Remark(
@@ -114,62 +105,15 @@ def check_layer(layer: LayerRange, metadata: TimelineMetadata) -> Remark | None:
     return None
 
 
-def check_layers(
-    layers: Iterable[LayerRange], metadata: TimelineMetadata, tombstones: Iterable[int] = ()
-) -> list[Remark]:
-    """Whether the layers that count, those check_layer() says nothing of, are a whole history.
-
-    `tombstones` are the LSNs of images that may be tombstones.
-    """
-    layers = list(layers)
-    deltas = [layer for layer in layers if not layer.is_image]
-    remarks = []
-    # A timeline without an import is written from its first LSN on.
-    imported = min((delta.start_lsn for delta in deltas), default=0) != 1
-    if (
-        metadata.ancestor_id is None
-        and metadata.disk_consistent_lsn
-        and imported
-        and len(deltas) == len(layers)
-    ):
-        remarks.append(
-            Remark(
-                f"there is no image layer: that of the import at {lsn_text(metadata.initdb_lsn)}, "
-                "or those that took its place, are missing"
-            )
+def check_unlisted(layer: LayerRange, metadata: TimelineMetadata) -> Remark:
+    """What becomes of a layer that does not count."""
+    if layer.end_lsn > metadata.disk_consistent_lsn + 1:
+        return Remark(
+            f"beyond disk_consistent_lsn {lsn_text(metadata.disk_consistent_lsn)}: the next start "
+            "sets it aside, its WAL comes again",
+            is_problem=False,
         )
-    for first, end in uncovered_lsns(layers, metadata, tombstones):
-        remarks.append(
-            Remark(
-                f"no delta layer has LSNs {lsn_text(first)} to {lsn_text(end)}: unless the WAL "
-                "there changed no key, one is missing",
-                is_problem=False,
-            )
-        )
-    return remarks
-
-
-def uncovered_lsns(
-    layers: Iterable[LayerRange], metadata: TimelineMetadata, tombstones: Iterable[int] = ()
-) -> list[tuple[int, int]]:
-    """The ranges [first, end) of LSNs that no delta covers, in the part that is never collected.
-
-    That is all above the newest image at or below the GC cutoff; without one, all since the import
-    or the branch point. A range with a tombstone is none: a flush may have had nothing else.
-    """
-    layers = list(layers)
-    cutoff = max(metadata.latest_gc_cutoff_lsn, metadata.initdb_lsn)
-    images = [layer.start_lsn for layer in layers if layer.is_image and layer.start_lsn <= cutoff]
-    at = max([metadata.ancestor_lsn, *images]) + 1
-    found = []
-    for delta in sorted((x for x in layers if not x.is_image), key=lambda x: x.start_lsn):
-        if delta.start_lsn > at:
-            found.append((at, delta.start_lsn))
-        at = max(at, delta.end_lsn)
-    if at <= metadata.disk_consistent_lsn:
-        found.append((at, metadata.disk_consistent_lsn + 1))
-    deleted = set(tombstones)
-    return [(at, end) for at, end in found if not any(at <= lsn < end for lsn in deleted)]
+    return Remark("not in the list of layers: the next start removes it", is_problem=False)
 
 
 def overlapping_groups(layers: Iterable[L]) -> list[list[L]]:

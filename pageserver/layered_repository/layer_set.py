@@ -56,20 +56,21 @@ class LayerSet:
         frozen = self.view.frozen
         return frozen[-1] if frozen else None
 
-    def flushed(self, files: Sequence[LayerFile]) -> None:
-        """The oldest frozen layer is on disk, as `files`."""
-        with self._changed:
-            view = self.view
-            layers = view.layers.with_changes(add=files) if files else view.layers
-            self.view = ReadView(view.open, view.frozen[:-1], layers)
-            self._changed.notify_all()
+    def changed(self, add: Sequence[LayerFile], remove: Sequence[LayerFile]) -> LayerMap[LayerFile]:
+        """The layer files with some more and without others; nobody sees it yet.
 
-    def replace(self, add: Sequence[LayerFile], remove: Sequence[LayerFile]) -> None:
-        """Add layer files and take out others."""
+        Whoever changes them keeps others from it until `publish`.
+        """
+        layers = self.view.layers
+        return layers.with_changes(add=add, remove=remove) if add or remove else layers
+
+    def publish(self, layers: LayerMap[LayerFile], *, flushed: bool) -> None:
+        """Show readers these layer files; `flushed`: they have what the oldest frozen layer has."""
         with self._changed:
             view = self.view
-            layers = view.layers.with_changes(add=add, remove=remove)
-            self.view = ReadView(view.open, view.frozen, layers)
+            frozen = view.frozen[:-1] if flushed else view.frozen
+            self.view = ReadView(view.open, frozen, layers)
+            self._changed.notify_all()
 
     def wait_for_flush(self, max_frozen: Callable[[], int]) -> None:
         """Wait while more frozen layers than that wait for the disk, or until `stop`."""

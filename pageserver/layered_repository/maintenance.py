@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -10,9 +11,13 @@ from typing import TYPE_CHECKING
 
 from pageserver.layered_repository.errors import TimelineStopped
 from pageserver.layered_repository.layer_file import LayerFile
+from pageserver.layered_repository.metadata_keeper import Change, unchanged
+from pageserver.layered_repository.timeline_dir import FinishedLayer
 
 if TYPE_CHECKING:
     from pageserver.layered_repository.timeline import Timeline
+
+log = logging.getLogger(__name__)
 
 
 class Maintenance:
@@ -24,9 +29,6 @@ class Maintenance:
     def __init__(self, timeline: Timeline) -> None:
         self._timeline = timeline
         self._lock = threading.Lock()
-        self._unsynced = False
-        self._undeleted: list[LayerFile] = []
-        """Files that could not be deleted: the next start would find them."""
         self._entry_counts: weakref.WeakKeyDictionary[LayerFile, int] = weakref.WeakKeyDictionary()
         self.stopping = False
         """Whether work is to end at its next step."""
@@ -51,32 +53,36 @@ class Maintenance:
         if self.stopping:
             raise TimelineStopped(f"timeline {self._timeline.timeline_id} is being shut down")
 
-    def replace_layers(self, add: Sequence[LayerFile], remove: Sequence[LayerFile]) -> None:
-        """Show readers the layers `add`, which are durable, in place of others; delete those.
+    def install(self, finished: Sequence[FinishedLayer]) -> list[LayerFile]:
+        """Give new files their names, for `replace_layers`. If that fails none of them stays.
 
-        Readers come first: none that starts later looks for a file that is gone. A crash before the
-        deletions are durable brings files back that say nothing new. Raises the first OSError of
-        the deletions after trying them all; the layers do not count any more in any case, and
-        `sync_removals` tries again.
+        Raises what MetadataKeeper.settle does.
         """
-        self._timeline.layer_set.replace(add, remove)
-        names = {layer.name for layer in add}
-        self._undeleted = [layer for layer in self._undeleted if layer.name not in names]
-        self._delete(remove)
+        try:
+            self._timeline.metadata.settle()
+        except BaseException:
+            self._timeline.directory.discard(finished)
+            raise
+        return self._timeline.directory.install(finished)
 
-    def _delete(self, layers: Sequence[LayerFile]) -> None:
-        errors: list[OSError] = []
-        for layer in layers:
-            self._unsynced = True
+    def replace_layers(
+        self,
+        add: Sequence[LayerFile],
+        remove: Sequence[LayerFile],
+        change: Change = unchanged,
+    ) -> None:
+        """Put the layers `add`, which are installed, in place of others; delete those.
+
+        The list of layers comes first, then readers: after a crash nobody looks for a file that is
+        gone, nor does a reader that starts later. Raises what MetadataKeeper.commit does.
+        """
+        self._timeline.metadata.commit(change, add=add, remove=remove)
+        for layer in remove:
             try:
                 self._timeline.directory.unlink(layer)
-            except FileNotFoundError:
-                continue
             except OSError as error:
-                self._undeleted.append(layer)
-                errors.append(error)
-        if errors:
-            raise errors[0]
+                # It is in no list any more: the next start removes it.
+                log.warning("could not delete a layer that is not needed any more: %s", error)
 
     def count_entries(self, layer: LayerFile) -> int:
         """How many entries a layer file has: for an image, keys. Raises CorruptLayerError, OSError.
@@ -87,14 +93,6 @@ class Maintenance:
         if count is None:
             count = self._entry_counts[layer] = layer.describe()["entries"]
         return count
-
-    def sync_removals(self) -> None:
-        """Make sure that what was deleted does not come back after a crash. Raises OSError."""
-        undeleted, self._undeleted = self._undeleted, []
-        self._delete(undeleted)
-        if self._unsynced:
-            self._timeline.directory.sync()
-            self._unsynced = False
 
     def stop(self) -> None:
         """Have work end soon, and none begin."""

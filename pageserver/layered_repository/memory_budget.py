@@ -18,6 +18,10 @@ Protocol
   than the one who froze.
 - Between batches a writer calls `wait_for_room` and repeats it while it returns False and the
   timeline runs. It waits only while there are frozen layers: their flush ends the wait.
+- Whoever fails to flush calls `flush_failed`. Until a flush of that timeline succeeds nobody else
+  waits for its frozen layers. Its own writer does when the timelines whose flush fails have more
+  of them than the open layers leave: so they cannot use up what the others need. What they hold
+  beyond that the others' open layers have less, down to a quarter of the limit.
 - A timeline that stops calls `forget`.
 """
 
@@ -47,6 +51,8 @@ class MemoryBudget(Generic[T]):
         self._limit = limit
         self._open: dict[T, int] = {}
         self._frozen: dict[T, int] = {}
+        self._failing: set[T] = set()
+        """Those whose last flush failed."""
         self._open_total = 0
         self._frozen_total = 0
         self._room = threading.Condition(threading.Lock())
@@ -65,6 +71,11 @@ class MemoryBudget(Generic[T]):
         return self._limit + self._limit // 2
 
     @property
+    def failing_limit(self) -> int:
+        """Bytes of frozen layers from which on writers of timelines wait whose flush fails."""
+        return self.hard_limit - self._limit
+
+    @property
     def total(self) -> int:
         """Bytes of all open and frozen layers."""
         with self._room:
@@ -81,11 +92,18 @@ class MemoryBudget(Generic[T]):
         """Say how large the open layer of a timeline is; returns the timeline to freeze, if any."""
         with self._room:
             self._set_open(timeline, size)
-            if self._open_total <= self._limit:
+            if timeline in self._failing:
+                return timeline if self._open_total > self._limit else None
+            if self._open_total <= self._limit and not self._failing:
                 return None
-            if self._open_total > self.hard_limit:
+            # To freeze a layer that cannot be flushed gives nothing back.
+            sizes = {x: size for x, size in self._open.items() if x not in self._failing}
+            open_limit, total = self._open_limit(), sum(sizes.values())
+            if total <= open_limit:
+                return None
+            if total > open_limit + self._limit // 2:
                 return timeline
-            return max(self._open, key=self._open.__getitem__)
+            return max(sizes, key=sizes.__getitem__)
 
     def frozen(self, timeline: T, size: int) -> None:
         """The open layer became a frozen one of `size` bytes; the new open one is empty."""
@@ -98,8 +116,16 @@ class MemoryBudget(Generic[T]):
     def flushed(self, timeline: T, size: int) -> None:
         """A frozen layer of `size` bytes is gone; nothing happens if the timeline is forgotten."""
         with self._room:
+            self._failing.discard(timeline)
             if timeline in self._open or timeline in self._frozen:
                 self._add_frozen(timeline, -size)
+            self._wake()
+
+    def flush_failed(self, timeline: T) -> None:
+        """The flush of a frozen layer did not work, and will be tried again."""
+        with self._room:
+            if timeline in self._frozen:
+                self._failing.add(timeline)
                 self._wake()
 
     def forget(self, timeline: T) -> None:
@@ -107,18 +133,19 @@ class MemoryBudget(Generic[T]):
         with self._room:
             self._set_open(timeline, 0)
             self._frozen_total -= self._frozen.pop(timeline, 0)
+            self._failing.discard(timeline)
             self._wake()
 
-    def wait_for_room(self, timeout: float) -> bool:
-        """Wait while the hard limit is passed, `timeout` seconds at most; False if it still is.
+    def wait_for_room(self, timeline: T, timeout: float) -> bool:
+        """Wait, as the writer of a timeline, while a limit is passed; False if it still is.
 
-        The caller must not hold anything a flush needs.
+        `timeout` seconds at most. The caller must not hold anything a flush needs.
         """
         deadline = time.monotonic() + timeout
         with self._room:
             self._waiting += 1
             try:
-                while self._must_wait():
+                while self._must_wait(timeline):
                     left = deadline - time.monotonic()
                     if left <= 0:
                         return False
@@ -127,8 +154,23 @@ class MemoryBudget(Generic[T]):
                 self._waiting -= 1
         return True
 
-    def _must_wait(self) -> bool:
-        return 0 < self._frozen_total > self.hard_limit - self._open_total
+    def _must_wait(self, timeline: T) -> bool:
+        failing = self._failing_total()
+        if timeline in self._failing and failing > self.failing_limit:
+            return True
+        passed = self._open_total + self._frozen_total > self.hard_limit
+        return passed and self._frozen_total > failing
+
+    def _open_limit(self) -> int:
+        """Of the open layers of timelines whose flush works: less if the others hold too much.
+
+        What they have when it first fails may be all there is; a quarter is left to others then.
+        """
+        held = self._failing_total() + sum(self._open.get(x, 0) for x in self._failing)
+        return max(self._limit - max(held - self.failing_limit, 0), self._limit // 4)
+
+    def _failing_total(self) -> int:
+        return sum(self._frozen.get(timeline, 0) for timeline in self._failing)
 
     def _set_open(self, timeline: T, size: int) -> None:
         self._open_total += size - self._open.get(timeline, 0)
@@ -156,5 +198,5 @@ class MemoryBudget(Generic[T]):
             self.pool.resize(limit)
 
     def _wake(self) -> None:
-        if self._waiting and not self._must_wait():
+        if self._waiting:
             self._room.notify_all()

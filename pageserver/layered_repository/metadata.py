@@ -1,9 +1,10 @@
-"""The metadata file of a timeline.
+"""The metadata file of a timeline: the root that leads to all the rest.
 
 512 bytes, big-endian: u32 CRC-32C of everything after it, u16 size of header and body, u16 format
 version; body: u64 disk_consistent_lsn, option of u64 prev_record_lsn, option of 16 bytes ancestor
-timeline, u64 ancestor_lsn, u64 latest_gc_cutoff_lsn, u64 initdb_lsn; zeros to the end. An option is
-a byte 0, or a byte 1 and the value. 512 bytes are one sector: written as a whole or not at all.
+timeline, u64 ancestor_lsn, u64 latest_gc_cutoff_lsn, u64 initdb_lsn, u64 number and u32 CRC-32C of
+the list of layers (see layer_list.py); zeros to the end. An option is a byte 0, or a byte 1 and the
+value. 512 bytes are one sector: written as a whole or not at all.
 """
 
 from __future__ import annotations
@@ -20,15 +21,19 @@ from zenith_utils.ids import TimelineId
 
 METADATA_SIZE: Final = 512
 METADATA_FILE: Final = "metadata"
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 _HEADER = struct.Struct(">IHH")
 _U64 = struct.Struct(">Q")
-_TAIL = struct.Struct(">QQQ")
+_TAIL = struct.Struct(">QQQQI")
 
 
 @dataclass(frozen=True, slots=True)
 class TimelineMetadata:
-    """What a timeline must remember; LSNs are plain integers, 0 where there is none."""
+    """What a timeline must remember; LSNs are plain integers, 0 where there is none.
+
+    layer_list, layer_list_crc: number and checksum of the file that names the layers; 0 for a
+    timeline that never had one.
+    """
 
     disk_consistent_lsn: int
     prev_record_lsn: int
@@ -36,13 +41,21 @@ class TimelineMetadata:
     ancestor_lsn: int
     latest_gc_cutoff_lsn: int
     initdb_lsn: int
+    layer_list: int = 0
+    layer_list_crc: int = 0
 
     def encode(self) -> bytes:
         """The 512 bytes of the file."""
         body = _U64.pack(self.disk_consistent_lsn)
         body += b"\x01" + _U64.pack(self.prev_record_lsn) if self.prev_record_lsn else b"\x00"
         body += b"\x01" + self.ancestor_id.raw if self.ancestor_id else b"\x00"
-        body += _TAIL.pack(self.ancestor_lsn, self.latest_gc_cutoff_lsn, self.initdb_lsn)
+        body += _TAIL.pack(
+            self.ancestor_lsn,
+            self.latest_gc_cutoff_lsn,
+            self.initdb_lsn,
+            self.layer_list,
+            self.layer_list_crc,
+        )
         size = _HEADER.size + len(body)
         covered = struct.pack(">HH", size, FORMAT_VERSION) + body
         covered += bytes(METADATA_SIZE - 4 - len(covered))

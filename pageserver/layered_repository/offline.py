@@ -5,6 +5,7 @@ Nothing is changed, not even what a start would tidy up.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,9 +14,10 @@ from typing import Any, Final, NoReturn
 
 from pageserver.layered_repository.descriptor_cache import DescriptorCache
 from pageserver.layered_repository.ephemeral_file import EPHEMERAL_PREFIX
+from pageserver.layered_repository.errors import StoreError
 from pageserver.layered_repository.files import Files
 from pageserver.layered_repository.layer_file import LayerFile
-from pageserver.layered_repository.layer_map_checks import check_layer
+from pageserver.layered_repository.layer_list import ListedLayer, decode_list, list_number
 from pageserver.layered_repository.layer_name import LayerName
 from pageserver.layered_repository.memory_budget import MemoryBudget
 from pageserver.layered_repository.metadata import METADATA_FILE, TimelineMetadata
@@ -45,8 +47,15 @@ class TimelineFiles:
     timeline_id: TimelineId
     chosen: bool
     layers: list[tuple[LayerName, int]] = field(default_factory=list)
-    """Names and sizes in bytes, in the order of the names."""
+    """Names and sizes in bytes of the layer files there are, in the order of the names."""
+    lists: list[str] = field(default_factory=list)
+    """The files that list layers; the metadata names the one that counts."""
     leftovers: list[tuple[Path, str]] = field(default_factory=list)
+
+    @property
+    def sizes(self) -> dict[LayerName, int]:
+        """The sizes of the layer files by name."""
+        return dict(self.layers)
 
     @property
     def metadata_path(self) -> Path:
@@ -129,7 +138,7 @@ def _tenant(path: Path, only: Path | None) -> TenantFiles:
     try:
         tenant_id = TenantId.parse(path.name)
     except IdParseError:
-        tenant_id = TenantId(_ids_in_layers(path)[0])
+        tenant_id = TenantId(_ids_in_files(path)[0])
     tenant = TenantFiles(path, tenant_id, {})
     for timeline_path in sorted((path / TIMELINES_DIR).iterdir()):
         timeline_id = _timeline_id(timeline_path)
@@ -146,7 +155,7 @@ def _tenant(path: Path, only: Path | None) -> TenantFiles:
 
 
 def _lonely_timeline(path: Path) -> TenantFiles:
-    tenant_raw, timeline_raw = _ids_in_layers(path)
+    tenant_raw, timeline_raw = _ids_in_files(path)
     timeline_id = TimelineId(timeline_raw)
     timeline = _timeline(path, timeline_id, True)
     return TenantFiles(path, TenantId(tenant_raw), {timeline_id: timeline}, alone=True)
@@ -171,6 +180,8 @@ def _timeline(path: Path, timeline_id: TimelineId, chosen: bool) -> TimelineFile
                 except FileNotFoundError:
                     continue  # a pageserver that runs has removed it
                 timeline.layers.append((name, size))
+            elif list_number(entry.name) is not None:
+                timeline.lists.append(entry.name)
             elif entry.name != METADATA_FILE:
                 timeline.leftovers.append((path / entry.name, _what_is(entry.name)))
     return timeline
@@ -184,14 +195,19 @@ def _what_is(name: str) -> str:
     return "not a file of the store"
 
 
-def _ids_in_layers(path: Path) -> tuple[bytes, bytes]:
-    """Tenant and timeline by the header of some layer file below a directory; zeros without one."""
+def _ids_in_files(path: Path) -> tuple[bytes, bytes]:
+    """Tenant and timeline by the header of some file below a directory; zeros without one."""
     for file in path.rglob("*__*"):
         if LayerName.parse(file.name) is not None:
             with file.open("rb") as opened:
                 header = opened.read(_IDS_OFFSET + 32)
             if len(header) == _IDS_OFFSET + 32:
                 return header[_IDS_OFFSET : _IDS_OFFSET + 16], header[_IDS_OFFSET + 16 :]
+    for file in path.rglob("layers-*"):
+        # Unlike a layer, one that does not count may be half written.
+        with contextlib.suppress(OSError, StoreError):
+            content, _ = decode_list(file.read_bytes(), file)
+            return content.tenant_id.raw, content.timeline_id.raw
     return bytes(16), bytes(16)
 
 
@@ -218,10 +234,17 @@ class _ReadOnly(Files):
 _READ_ONLY: Final = _ReadOnly()
 
 
+@dataclass(frozen=True, slots=True)
+class ReadableTimeline:
+    """What it takes to read from a timeline; `layers` are those that count."""
+
+    files: TimelineFiles
+    metadata: TimelineMetadata
+    layers: Sequence[ListedLayer]
+
+
 def open_timeline(
-    lineage: Sequence[tuple[TimelineFiles, TimelineMetadata]],
-    tenant: TenantFiles,
-    descriptors: DescriptorCache,
+    lineage: Sequence[ReadableTimeline], tenant: TenantFiles, descriptors: DescriptorCache
 ) -> Timeline:
     """A timeline to read from, given with its ancestors, of which the last is a root.
 
@@ -230,14 +253,10 @@ def open_timeline(
     resources = StoreResources(PageCache(0), descriptors, MemoryBudget(0), _READ_ONLY)
     context = StoreContext(StoreSettings(), _no_redo, resources, tenant.path, lambda _: [])
     timeline: Timeline | None = None
-    for files, metadata in reversed(lineage):
-        layers = [
-            layer
-            for layer in files.layer_files(tenant, descriptors)
-            if check_layer(layer, metadata) is None
-        ]
-        directory = files.directory(tenant, descriptors)
-        timeline = Timeline(directory, metadata, context, ancestor=timeline, layers=layers)
+    for readable in reversed(lineage):
+        directory = readable.files.directory(tenant, descriptors)
+        layers = [directory.layer(name, size) for name, size in readable.layers]
+        timeline = Timeline(directory, readable.metadata, context, ancestor=timeline, layers=layers)
     if timeline is None:
         raise ValueError("there is no timeline")
     return timeline

@@ -38,7 +38,9 @@ class Repository:
     """Timelines under `<path>/timelines/<id>`; each is loaded when it is first asked for.
 
     `resources` are shared with other repositories (ids of timelines are unique); without them the
-    repository has its own. All methods are thread safe.
+    repository has its own. `durable`: the caller has made sure that a crash does not undo the
+    creation of `path`, nor of the directory for timelines in it if that is there. All methods are
+    thread safe.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Repository:
         reconstruct: Reconstruct,
         *,
         resources: StoreResources | None = None,
+        durable: bool = False,
     ) -> None:
         self.path = path
         self.tenant_id = tenant_id
@@ -60,7 +63,7 @@ class Repository:
         self._reserved: set[TimelineId] = set()
         self._stopped = False
         self._timelines_path = path / TIMELINES_DIR
-        self._make_directory()
+        self._make_directory(durable)
         self._remove_leftovers()
         self._branches = BranchIndex(self._ids_on_disk(), self.read_metadata)
         self._context = StoreContext(
@@ -240,7 +243,7 @@ class Repository:
                 metadata,
                 self._context,
                 ancestor=None if ancestor_id is None else self._timelines[ancestor_id],
-                layers=directory.load_layers(metadata.disk_consistent_lsn),
+                layers=directory.load_layers(metadata),
             )
         )
 
@@ -268,7 +271,7 @@ class Repository:
         directory = self._directory(timeline_id)
         with self._load_lock, self._lock:
             if timeline_id in self._reserved or not (
-                timeline_id in self._timelines or directory.exists()
+                timeline_id in self._timelines or directory.exists() or directory.is_half_removed()
             ):
                 raise TimelineNotFound(f"timeline {timeline_id} is not in the repository")
             # From here on no branch can begin on it, and it cannot be loaded.
@@ -321,11 +324,12 @@ class Repository:
             self.resources.descriptors,
         )
 
-    def _make_directory(self) -> None:
+    def _make_directory(self, durable: bool) -> None:
         """Durably, with the parents that are missing.
 
         What is there may be the work of a process that was killed before it could sync it: a
-        timeline that was made, or taken away. Nothing may depend on that before it is durable.
+        timeline that was made, or taken away. Nothing may depend on that before it is durable. Of
+        the directories above the caller may know that they are.
         """
         missing = []
         path = self._timelines_path
@@ -335,7 +339,8 @@ class Repository:
         for path in reversed(missing):
             self._files.mkdir(path)
             self._files.fsync_dir(path.parent)
-        for path in (self.path.parent, self.path, self._timelines_path):
+        above = () if durable else (self.path.parent, self.path)
+        for path in (*above, self._timelines_path):
             self._files.fsync_dir(path)
 
     def _remove_leftovers(self) -> None:

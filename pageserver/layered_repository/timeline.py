@@ -67,11 +67,11 @@ class Timeline:
         self.ancestor_lsn = Lsn(metadata.ancestor_lsn)
         self.initdb_lsn = Lsn(metadata.initdb_lsn)
         self.latest_gc_cutoff_lsn = Lsn(metadata.latest_gc_cutoff_lsn)
-        self.metadata = MetadataKeeper(directory, metadata)
         self.pins: dict[ReadPin, int] = {}
         """Reads in progress in this timeline's own history, also those that began in a branch."""
         self.position = RecordPosition(metadata.disk_consistent_lsn, metadata.prev_record_lsn)
         self.layer_set = LayerSet(self.new_open_layer(metadata.disk_consistent_lsn + 1), layers)
+        self.metadata = MetadataKeeper(directory, metadata, self.layer_set)
         self.maintenance = Maintenance(self)
         self.flusher = LayerFlusher(self)
         self.rebuilt = TimelineCache(context.resources.page_cache)
@@ -219,7 +219,8 @@ class Timeline:
                 metadata = replace(
                     self.metadata.current, disk_consistent_lsn=lsn, prev_record_lsn=prev_lsn
                 )
-                layers.append(self.directory.create_with_image(metadata, lsn, items))
+                metadata, layer = self.directory.create_with_image(metadata, lsn, items)
+                layers.append(layer)
                 return metadata
 
             self.metadata.create_with(create)

@@ -126,7 +126,7 @@ class WriteAccess:
             self._freeze()
         elif largest is not None:
             largest.request_freeze()
-        while not budget.wait_for_room(_LOOK_INTERVAL) and not timeline.stopping:
+        while not budget.wait_for_room(timeline, _LOOK_INTERVAL) and not timeline.stopping:
             pass
 
     def _freeze(self) -> None:

@@ -25,22 +25,25 @@ from pageserver.layered_repository.errors import (
     CorruptFileError,
     CorruptMetadataError,
     FormatVersionError,
+    MissingFileError,
 )
 from pageserver.layered_repository.layer_file import LayerFile
+from pageserver.layered_repository.layer_list import ListedLayer, list_name
 from pageserver.layered_repository.layer_map_checks import (
     Remark,
     check_ancestor,
     check_layer,
-    check_layers,
     check_metadata,
+    check_unlisted,
     overlapping_groups,
 )
+from pageserver.layered_repository.layer_name import LayerName
 from pageserver.layered_repository.metadata import TimelineMetadata
 from pageserver.layered_repository.offline import (
+    ReadableTimeline,
     TenantFiles,
     TimelineFiles,
     find_tenants,
-    may_be_tombstone,
     open_timeline,
     pageserver_on,
 )
@@ -99,8 +102,8 @@ class _Tenant:
     files: TenantFiles
     metadata: dict[TimelineId, TimelineMetadata] = field(default_factory=dict)
     damaged: set[TimelineId] = field(default_factory=set)
-    counted: dict[TimelineId, list[LayerFile]] = field(default_factory=dict)
-    """The layers that count: which a start would load."""
+    listed: dict[TimelineId, list[ListedLayer]] = field(default_factory=dict)
+    """The layers that count, there or not, where the list can be read."""
 
 
 def verify(
@@ -112,8 +115,8 @@ def verify(
 ) -> Iterator[Finding]:
     """Check everything under `path` and go on after each problem; the findings as they come.
 
-    `online`: only what is safe while a pageserver runs. `names_only`: metadata and the names of
-    the layers, none of which is opened. `progress` is called often, with the same object. Raises
+    `online`: only what is safe while a pageserver runs. `names_only`: metadata, names and sizes
+    of the layers, none of which is opened. `progress` is called often, with the same object. Raises
     VerifyError.
     """
     if not online:
@@ -160,6 +163,8 @@ def _verify_tenant(
     # Those of the ancestors too, though nothing is reported of timelines that were not asked for.
     for timeline in tenant.files.timelines.values():
         findings = list(_read_metadata(tenant, timeline, online))
+        if not online:
+            findings += _compare_with_list(tenant, timeline)
         if timeline.chosen:
             yield from findings
     for timeline in tenant.files.chosen():
@@ -177,22 +182,69 @@ def _verify_tenant(
         yield from _verify_values(tenant, timeline, state, progress)
 
 
-# ---- the metadata and the names
+# ---- the metadata, the list and the names
 
 
 def _read_metadata(tenant: _Tenant, timeline: TimelineFiles, online: bool) -> Iterator[Finding]:
     path = timeline.metadata_path
     try:
         tenant.metadata[timeline.timeline_id] = timeline.directory(tenant.files).read_metadata()
-    except CorruptMetadataError as error:
-        yield Finding(path, error.reason, error.offset)
-    except FormatVersionError as error:
-        yield Finding(path, _version_text(error))
     except FileNotFoundError:
         if not online:  # else it may have been detached
             yield Finding(path, "the file is missing")
-    except OSError as error:
-        yield Finding(path, f"cannot be read: {error.strerror}")
+    except (CorruptMetadataError, FormatVersionError, OSError) as error:
+        yield _unreadable(path, error)
+
+
+def _unreadable(path: Path, error: Exception) -> Finding:
+    match error:
+        case CorruptFileError():
+            return Finding(path, error.reason, error.offset)
+        case FormatVersionError():
+            text = f"format version {error.found}, this program reads {error.supported}"
+            return Finding(path, text)
+        case OSError():
+            return Finding(path, f"cannot be read: {error.strerror}")
+    return Finding(path, f"cannot be checked: {error}")
+
+
+def _compare_with_list(tenant: _Tenant, timeline: TimelineFiles) -> Iterator[Finding]:
+    """Read the list of layers; what is there besides, and what is not."""
+    metadata = tenant.metadata.get(timeline.timeline_id)
+    if metadata is None:
+        return
+    list_path = timeline.path / list_name(metadata.layer_list)
+    try:
+        listed = timeline.directory(tenant.files).read_list(metadata)
+    except MissingFileError as error:
+        yield Finding(list_path, f"missing: {error.reason}")
+        return
+    except (CorruptMetadataError, FormatVersionError, OSError) as error:
+        yield _unreadable(list_path, error)
+        return
+    tenant.listed[timeline.timeline_id] = listed
+    for other in timeline.lists:
+        if other != list_path.name:
+            text = "a list of layers that does not count: the next start removes it"
+            yield Finding(timeline.path / other, text, is_problem=False)
+    sizes = timeline.sizes
+    for layer in listed:
+        problem = _check_listed(layer, sizes.get(layer.name))
+        if problem is not None:
+            tenant.damaged.add(timeline.timeline_id)
+            yield Finding(timeline.path / str(layer.name), problem)
+    names = {layer.name for layer in listed}
+    for name in (name for name in sizes if name not in names):
+        remark = check_unlisted(name, metadata)
+        yield Finding(timeline.path / str(name), remark.message, is_problem=remark.is_problem)
+
+
+def _check_listed(layer: ListedLayer, size: int | None) -> str | None:
+    if size is None:
+        return "missing: the timeline's list of layers names it"
+    if size != layer.size:
+        return f"the file has {size} bytes, the timeline's list of layers says {layer.size}"
+    return None
 
 
 def _verify_map(tenant: _Tenant, timeline: TimelineFiles) -> Iterator[Finding]:
@@ -205,17 +257,13 @@ def _verify_map(tenant: _Tenant, timeline: TimelineFiles) -> Iterator[Finding]:
     remarks = check_metadata(metadata)
     remarks += _check_ancestor_of(tenant, metadata)
     yield from (Finding(path, x.message, is_problem=x.is_problem) for x in remarks)
-    counted = []
-    for layer in timeline.layer_files(tenant.files):
-        remark = check_layer(layer, metadata)
-        if remark is None:
-            counted.append(layer)
-        else:
-            yield Finding(Path(layer.path), remark.message, is_problem=remark.is_problem)
-    tenant.counted[timeline.timeline_id] = counted
-    small = {layer.start_lsn for layer in counted if may_be_tombstone(layer)}
-    for remark in check_layers(counted, metadata, small):
-        yield Finding(timeline.path, remark.message, is_problem=remark.is_problem)
+    for layer in tenant.listed.get(timeline.timeline_id, []):
+        remark = check_layer(layer.name, metadata)
+        if remark is not None:
+            tenant.damaged.add(timeline.timeline_id)
+            yield Finding(
+                timeline.path / str(layer.name), remark.message, is_problem=remark.is_problem
+            )
 
 
 def _check_ancestor_of(tenant: _Tenant, metadata: TimelineMetadata) -> list[Remark]:
@@ -232,10 +280,6 @@ def _check_ancestor_of(tenant: _Tenant, metadata: TimelineMetadata) -> list[Rema
     return [Remark(f"its ancestor {ancestor_id} is missing")]
 
 
-def _version_text(error: FormatVersionError) -> str:
-    return f"format version {error.found}, this program reads {error.supported}"
-
-
 # ---- the layers, each by itself
 
 
@@ -246,8 +290,9 @@ def _verify_files(
     state: Progress,
     progress: Callable[[Progress], None],
 ) -> Iterator[Finding]:
+    counted = _counted(tenant, timeline)
     for layer in timeline.layer_files(tenant.files):
-        finding = _verify_layer(layer, online)
+        finding = _verify_layer(layer, online) if layer.name in counted else None
         state.files += 1
         state.bytes += layer.size
         progress(state)
@@ -256,22 +301,28 @@ def _verify_files(
             yield finding
 
 
+def _counted(tenant: _Tenant, timeline: TimelineFiles) -> set[LayerName]:
+    """The layers to look into: those that count, as far as they have the right size.
+
+    All there are where no list says more.
+    """
+    listed = tenant.listed.get(timeline.timeline_id)
+    if listed is None:
+        return set(timeline.sizes)
+    wanted = set(listed)
+    return {name for name, size in timeline.layers if ListedLayer(name, size) in wanted}
+
+
 def _verify_layer(layer: LayerFile, online: bool) -> Finding | None:
     path = Path(layer.path)
     try:
         layer.verify()
-    except CorruptFileError as error:
-        return Finding(path, error.reason, error.offset)
-    except FormatVersionError as error:
-        return Finding(path, _version_text(error))
-    except ZstdUnavailable as error:
-        return Finding(path, f"cannot be checked: {error}")
     except FileNotFoundError:
         if online:
             return None  # replaced or collected since it was listed
         return Finding(path, "the file vanished while it was verified")
-    except OSError as error:
-        return Finding(path, f"cannot be read: {error.strerror}")
+    except (CorruptFileError, FormatVersionError, ZstdUnavailable, OSError) as error:
+        return _unreadable(path, error)
     return None
 
 
@@ -284,15 +335,16 @@ def _verify_values(
     state: Progress,
     progress: Callable[[Progress], None],
 ) -> Iterator[Finding]:
-    counted = tenant.counted.get(timeline.timeline_id)
-    if counted is None or timeline.timeline_id in tenant.damaged:
+    listed = tenant.listed.get(timeline.timeline_id)
+    if listed is None or timeline.timeline_id in tenant.damaged:
         yield Finding(
             timeline.path,
             "its values were not checked, as files of it are damaged",
             is_problem=False,
         )
         return
-    for group in overlapping_groups(counted):
+    directory = timeline.directory(tenant.files)
+    for group in overlapping_groups([directory.layer(name, size) for name, size in listed]):
         yield from _first(
             (Finding(Path(layer.path), text) for layer, text in disagreements(group)),
             timeline.path,
@@ -320,22 +372,21 @@ def _verify_values(
     yield from _first((Finding(timeline.path, text) for text in texts), timeline.path)
 
 
-def _lineage(
-    tenant: _Tenant, timeline_id: TimelineId
-) -> list[tuple[TimelineFiles, TimelineMetadata]] | None:
+def _lineage(tenant: _Tenant, timeline_id: TimelineId) -> list[ReadableTimeline] | None:
     """A timeline and its ancestors; None if one cannot be read as far as its branch needs it."""
-    lineage: list[tuple[TimelineFiles, TimelineMetadata]] = []
+    lineage: list[ReadableTimeline] = []
     wanted: TimelineId | None = timeline_id
     needed = 0
     while wanted is not None:
         files = tenant.files.timelines.get(wanted)
         metadata = tenant.metadata.get(wanted)
-        circular = any(files is known for known, _ in lineage)
-        if files is None or metadata is None or circular or wanted in tenant.damaged:
+        listed = tenant.listed.get(wanted)
+        circular = any(files is known.files for known in lineage)
+        if files is None or metadata is None or listed is None or circular:
             return None
-        if metadata.disk_consistent_lsn < needed:
+        if wanted in tenant.damaged or metadata.disk_consistent_lsn < needed:
             return None
-        lineage.append((files, metadata))
+        lineage.append(ReadableTimeline(files, metadata, listed))
         wanted, needed = metadata.ancestor_id, metadata.ancestor_lsn
     return lineage
 
@@ -422,7 +473,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--names-only",
         action="store_true",
-        help="check metadata and the names of layers only: quick, however large they are",
+        help="check metadata, names and sizes of layers only: quick, however large they are",
     )
     options = parser.parse_args(argv)
     try:

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing_extensions import Buffer
 
 from pageserver.layered_repository.files import Files
-from pageserver.layered_repository.layer_name import MAX_KEY, MIN_KEY
+from pageserver.layered_repository.layer_list import ListedLayer
+from pageserver.layered_repository.layer_name import MAX_KEY, MIN_KEY, LayerName
 from pageserver.layered_repository.reader import ReconstructInput
 from pageserver.layered_repository.repository import Repository
 from pageserver.layered_repository.resources import StoreResources
 from pageserver.layered_repository.settings import StoreSettings
 from pageserver.layered_repository.timeline import Timeline
+from pageserver.layered_repository.timeline_dir import TimelineDir
 from zenith_utils.ids import TenantId, TimelineId
 
 IMAGE, RECORD, INIT_RECORD = 1, 2, 3
@@ -124,6 +126,18 @@ def running(*targets: Callable[[], object]) -> Iterator[list[threading.Thread]]:
 
 def files(timeline: Timeline) -> list[str]:
     return sorted(path.name for path in timeline.directory.path.iterdir())
+
+
+def list_all_layers(directory: TimelineDir) -> None:
+    """Let the layer files count that were put into a timeline's directory; nobody runs on it."""
+    metadata = directory.read_metadata()
+    found = [
+        ListedLayer(name, path.stat().st_size)
+        for path in directory.path.iterdir()
+        if (name := LayerName.parse(path.name)) is not None
+    ]
+    directory.replace_metadata(metadata, found, metadata.layer_list + 1)
+    directory.discard_list(metadata.layer_list)
 
 
 def layers(timeline: Timeline) -> dict[str, list[tuple[int, int]]]:

@@ -74,12 +74,18 @@ def test_verify(
     assert (status, err) == (0, "")
     assert out.startswith("2 timelines, 3 layers, ")
     path = layer(env)
-    path.write_bytes(path.read_bytes()[:-1])
+    damaged = bytearray(path.read_bytes())
+    damaged[300] ^= 1
+    path.write_bytes(damaged)
     for arguments in ((), (str(timeline(env)),), ("--online",)):
         status, out, err = run(capsys, monkeypatch, "verify", *arguments)
         assert (status, err) == (1, "")
         assert out.splitlines()[0].startswith(f"problem: {path}")
     assert run(capsys, monkeypatch, "verify", "--names-only")[0] == 0
+    path.write_bytes(damaged[:-1])
+    status, out, err = run(capsys, monkeypatch, "verify", "--names-only")
+    assert (status, err) == (1, "")
+    assert out.splitlines()[0].startswith(f"problem: {path}: the file has ")
 
 
 def test_verify_while_it_runs(

@@ -77,7 +77,7 @@ def test_l0_deltas_are_merged_when_there_are_enough(repository: Repository, tmp_
     assert timeline.compact(never) == POSTPONED
     assert layers(timeline) == {"l0": [], "delta": [(17, 41)], "image": [(16, 17)]}
     assert all_reads(timeline) == before
-    assert len(files(timeline)) == 1 + 2
+    assert len(files(timeline)) == 2 + 2
     timeline.checkpoint()
     with opened(tmp_path) as second:
         assert all_reads(second.timeline(MAIN)) == before
@@ -346,8 +346,8 @@ def test_a_crash_in_any_step(tmp_path: Path) -> None:
             assert set(layers(timeline)["image"]) == set(final["image"])
 
 
-def test_what_an_interrupted_round_left_is_not_written_twice(tmp_path: Path) -> None:
-    """The files of a merge are there, and its inputs too: the same files come out again."""
+def test_a_merge_counts_from_its_list_on(tmp_path: Path) -> None:
+    """Its files and its inputs are there at the same time; it is one or the other that counts."""
     crash = CrashFiles(tmp_path / "store", tmp_path / "crashed")
     repository = open_repository(tmp_path / "store", with_files(crash), compaction_threshold=2)
     timeline = new_timeline(repository)
@@ -356,18 +356,22 @@ def test_what_an_interrupted_round_left_is_not_written_twice(tmp_path: Path) -> 
     timeline.compact(every_key(timeline))
     repository.shutdown(flush=False)
     first_unlink = next(i for i, step in enumerate(crash.steps) if step.startswith("unlink"))
-    with opened(crash.states[first_unlink - 1], compaction_threshold=2) as second:
-        timeline = second.timeline(MAIN)
-        assert layers(timeline) == {
-            "l0": [(17, 25), (25, 33)],
-            "delta": [(17, 33)],
-            "image": [(16, 17)],
-        }
-        assert timeline.get(key(1), 32) == b"i1+24+32"
-        assert timeline.compact(every_key(timeline)).l0_merged == 2
-        assert layers(timeline) == {"l0": [], "delta": [(17, 33)], "image": [(16, 17)]}
-        assert timeline.get(key(1), 32) == b"i1+24+32"
-        assert len(files(timeline)) == 3
+    counts = [i for i, step in enumerate(crash.steps) if step == "rename metadata"]
+    assert counts == [first_unlink - 1]
+    merged = {"l0": [], "delta": [(17, 33)], "image": [(16, 17)]}
+    for state in (counts[0] - 1, counts[0]):
+        assert len(list((crash.states[state] / "timelines" / str(MAIN)).glob("0*__*"))) == 4
+        with opened(crash.states[state], compaction_threshold=2) as second:
+            timeline = second.timeline(MAIN)
+            before = {"l0": [(17, 25), (25, 33)], "delta": [], "image": [(16, 17)]}
+            done = state == counts[0]
+            assert layers(timeline) == (merged if done else before)
+            assert len(files(timeline)) == (2 if done else 3) + 2
+            assert timeline.get(key(1), 32) == b"i1+24+32"
+            assert timeline.compact(every_key(timeline)).l0_merged == (0 if done else 2)
+            assert layers(timeline) == merged
+            assert timeline.get(key(1), 32) == b"i1+24+32"
+            assert len(files(timeline)) == 2 + 2
 
 
 def test_a_full_disk_leaves_everything_as_it_was(tmp_path: Path) -> None:

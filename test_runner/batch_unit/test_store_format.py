@@ -478,7 +478,7 @@ def test_other_format_versions_are_named(tmp_path: Path) -> None:
     data = metadata.read_bytes()
     old = data[4:6] + b"\x00\x01" + data[8:]
     metadata.write_bytes(struct.pack(">I", crc32c(old)) + old)
-    with pytest.raises(FormatVersionError, match=r"metadata: format version 1.* reads 2"):
+    with pytest.raises(FormatVersionError, match=r"metadata: format version 1.* reads 3"):
         read_metadata(metadata)
     for _ in flips(metadata):
         with pytest.raises(CorruptMetadataError):

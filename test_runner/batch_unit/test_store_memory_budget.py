@@ -57,11 +57,11 @@ def test_a_flush_may_be_reported_before_its_freeze() -> None:
 def test_nobody_waits_where_no_flush_would_end_it() -> None:
     budget: MemoryBudget[str] = MemoryBudget(100)
     budget.grown("a", 1000)
-    assert budget.wait_for_room(1000.0)
+    assert budget.wait_for_room("b", 1000.0)
     budget.frozen("a", 1000)
-    assert not budget.wait_for_room(0.0)
+    assert not budget.wait_for_room("b", 0.0)
     budget.flushed("a", 1000)
-    assert budget.wait_for_room(1000.0)
+    assert budget.wait_for_room("b", 1000.0)
 
 
 def test_a_flush_a_stop_or_a_higher_limit_ends_the_wait() -> None:
@@ -72,7 +72,7 @@ def test_a_flush_a_stop_or_a_higher_limit_ends_the_wait() -> None:
         results: list[bool] = []
 
         def wait(budget: MemoryBudget[str] = budget, results: list[bool] = results) -> None:
-            results.append(budget.wait_for_room(60.0))
+            results.append(budget.wait_for_room("b", 60.0))
 
         thread = threading.Thread(target=wait)
         thread.start()
@@ -85,6 +85,53 @@ def test_a_flush_a_stop_or_a_higher_limit_ends_the_wait() -> None:
             budget.resize(200)
         thread.join(60)
         assert results == [True]
+
+
+def test_a_timeline_whose_flush_fails_stalls_only_itself() -> None:
+    budget: MemoryBudget[str] = MemoryBudget(100)
+    assert budget.failing_limit == 50
+    budget.frozen("a", 160)
+    # Its flush would end the wait, as far as anybody knows.
+    assert not budget.wait_for_room("a", 0.0)
+    assert not budget.wait_for_room("b", 0.0)
+    budget.flush_failed("a")
+    assert budget.wait_for_room("b", 1000.0)
+    assert not budget.wait_for_room("a", 0.0)
+    # There is less for the others' open layers, but something.
+    assert budget.grown("b", 25) is None
+    assert budget.grown("b", 26) == "b"
+    # Nor is anybody told to freeze what cannot be flushed.
+    budget.grown("a", 40)
+    assert budget.grown("b", 25) is None
+    assert budget.grown("c", 5) == "b"
+    for timeline in "abc":
+        budget.grown(timeline, 0)
+    # What others freeze is flushed: that is worth waiting for.
+    budget.frozen("b", 10)
+    assert not budget.wait_for_room("b", 0.0)
+    budget.flushed("b", 10)
+    assert budget.wait_for_room("b", 1000.0)
+    # Until a flush works again.
+    budget.flushed("a", 60)
+    assert budget.wait_for_room("a", 1000.0)
+    budget.frozen("a", 60)
+    assert not budget.wait_for_room("b", 0.0)
+
+
+def test_timelines_whose_flush_fails_share_one_limit() -> None:
+    budget: MemoryBudget[str] = MemoryBudget(100)
+    for timeline in "abc":
+        budget.flush_failed(timeline)  # before the freeze is reported: not worth a note
+        budget.frozen(timeline, 20)
+    for timeline in "ab":
+        budget.flush_failed(timeline)
+        assert budget.wait_for_room(timeline, 1000.0)
+    budget.flush_failed("c")
+    for timeline in "abc":
+        assert not budget.wait_for_room(timeline, 0.0)
+    assert budget.wait_for_room("d", 1000.0)
+    budget.forget("b")
+    assert budget.wait_for_room("a", 1000.0)
 
 
 class Writer:
@@ -117,7 +164,7 @@ class Writer:
                     named.freeze()
                 finally:
                     named.lock.release()
-            while not self.budget.wait_for_room(60.0):
+            while not self.budget.wait_for_room(self, 60.0):
                 raise AssertionError("no flush in a minute")
 
 

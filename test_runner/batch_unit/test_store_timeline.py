@@ -1,5 +1,6 @@
 """Timelines: reading through all layers and ancestors, branching, positions, many of them."""
 
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -279,6 +280,88 @@ def test_a_branch_that_may_come_back_keeps_its_state(tmp_path: Path) -> None:
         repository.detach_timeline(BRANCH)
     assert timeline.retain_points() == [16]
     repository.shutdown(flush=False)
+
+
+def test_a_detach_that_failed_is_tried_again(tmp_path: Path) -> None:
+    """At any step, by the process in which it failed."""
+
+    class FailingStep(Files):
+        left = -1
+
+        def step(self) -> None:
+            self.left -= 1
+            if self.left == 0:
+                raise OSError(5, "Input/output error")
+
+        def rename(self, source: str | Path, target: str | Path) -> None:
+            self.step()
+            super().rename(source, target)
+
+        def fsync_dir(self, path: str | Path) -> None:
+            self.step()
+            super().fsync_dir(path)
+
+        def rmtree(self, path: str | Path) -> None:
+            for child in Path(path).iterdir():
+                self.step()
+                child.unlink()
+            super().rmtree(path)
+
+    disk = FailingStep()
+    repository = open_repository(tmp_path, with_files(disk))
+    main = new_timeline(repository)
+    steps = 0
+    while disk.left <= 0:
+        steps += 1
+        put(repository.branch_timeline(BRANCH, ancestor_id=MAIN), 24, (1, RECORD, b"+"))
+        repository.timeline(BRANCH).checkpoint()
+        for left in (steps, steps // 2):
+            disk.left = left
+            try:
+                repository.detach_timeline(BRANCH)
+            except OSError:
+                assert main.retain_points() == [16]
+                disk.left = 0
+                continue
+            break
+        else:
+            repository.detach_timeline(BRANCH)
+        assert main.retain_points() == []
+        assert [path.name for path in (tmp_path / "timelines").iterdir()] == [str(MAIN)]
+        with pytest.raises(TimelineNotFound):
+            repository.detach_timeline(BRANCH)
+    assert steps > 5
+    repository.shutdown(flush=False)
+
+
+def test_a_start_syncs_what_the_last_process_may_not_have(tmp_path: Path) -> None:
+    synced: list[Path] = []
+
+    class Watch(Files):
+        def fsync_dir(self, path: str | Path) -> None:
+            synced.append(Path(path))
+            super().fsync_dir(path)
+
+    open_repository(tmp_path / "a").shutdown(flush=False)
+    for durable in (False, True):
+        synced.clear()
+        Repository(
+            tmp_path / "a",
+            TENANT,
+            StoreSettings(),
+            append,
+            resources=with_files(Watch()),
+            durable=durable,
+        ).shutdown(flush=False)
+        above = [] if durable else [tmp_path, tmp_path / "a"]
+        assert synced == [*above, tmp_path / "a" / "timelines"]
+    # What is made now is synced whoever made the rest.
+    shutil.rmtree(tmp_path / "a" / "timelines")
+    synced.clear()
+    Repository(
+        tmp_path / "a", TENANT, StoreSettings(), append, resources=with_files(Watch()), durable=True
+    ).shutdown(flush=False)
+    assert tmp_path / "a" in synced
 
 
 def test_a_chain_of_branches_of_any_depth(

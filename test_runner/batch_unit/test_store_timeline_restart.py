@@ -15,6 +15,7 @@ from batch_unit.store_support import (
     delete_range,
     files,
     key,
+    list_all_layers,
     new_timeline,
     open_repository,
     opened,
@@ -149,7 +150,7 @@ def test_set_aside_files_do_not_pile_up(repository: Repository, tmp_path: Path) 
         with opened(tmp_path) as second:
             found = files(second.timeline(MAIN))
             aside = [name for name in found if name.endswith(".old")]
-            assert len(found) == 2 + 2
+            assert len(found) == 3 + 2
             assert [f"{last:016X}" in name or f"{last - 1:016X}" in name for name in aside] == [
                 True,
                 True,
@@ -253,6 +254,8 @@ def test_compacted_layers_are_read(repository: Repository, tmp_path: Path) -> No
     add_layer(timeline, delta, *((7, lsn, RECORD, b"+%d" % lsn) for lsn in range(24, 72, 8)))
     # In the branch too: what the image leaves out is not looked for in the ancestor.
     add_layer(branch, LayerName.image(key(2), key(4), 72), (3, 72, IMAGE, b"at72"))
+    list_all_layers(timeline.directory)
+    list_all_layers(branch.directory)
 
     second = open_repository(tmp_path, page_cache_size=0)
     timeline = second.timeline(MAIN)

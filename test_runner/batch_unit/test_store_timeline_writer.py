@@ -1,6 +1,7 @@
 """Writing to a timeline: batches, freezing, the flush, back pressure, settings at run time."""
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -118,7 +119,7 @@ def test_checkpoint_distance_and_back_pressure(tmp_path: Path) -> None:
     assert len(reached) == 20
     wait_until(lambda: timeline.disk_consistent_lsn == timeline.last_record_lsn)
     assert timeline.get(key(24), 176) == b"x"
-    assert len(files(timeline)) == 2 + 5
+    assert len(files(timeline)) == 3 + 5
     repository.shutdown(flush=True)
 
 
@@ -313,3 +314,47 @@ def test_the_memory_of_all_timelines_is_bounded(tmp_path: Path) -> None:
     first.shutdown(flush=True)
     second.shutdown(flush=True)
     assert budget.total == 0
+
+
+def test_a_timeline_that_cannot_be_flushed_stalls_only_itself(tmp_path: Path) -> None:
+    """Its own writer waits; others go on in the memory that is left, for as long as it takes."""
+    broken = threading.Event()
+
+    class OneBadDirectory(Files):
+        def fsync_dir(self, path: str | Path) -> None:
+            if broken.is_set() and Path(path).name == str(MAIN):
+                raise OSError(5, "Input/output error", str(path))
+            super().fsync_dir(path)
+
+    own = with_files(OneBadDirectory())
+    budget = MemoryBudget[Timeline](24 << 20)
+    resources = StoreResources(own.page_cache, own.descriptors, budget, own.files)
+    repository = open_repository(tmp_path, resources, flush_retry_interval=0.01)
+    bad, good = new_timeline(repository), new_timeline(repository, BRANCH)
+    page = bytes(1 << 20)
+    written: list[int] = []
+
+    def write_bad() -> None:
+        for lsn in range(24, 24 + 8 * 100, 8):
+            put(bad, lsn, (1, IMAGE, page))
+            written.append(lsn)
+
+    broken.set()
+    with running(write_bad):
+        try:
+            wait_until(lambda: budget._waiting == 1 and bad in budget._failing)
+            assert len(written) < 50
+            for lsn in range(24, 24 + 8 * 100, 8):
+                put(good, lsn, (1, IMAGE, page))
+                assert budget.total < budget.hard_limit + (12 << 20)
+            assert good.get(key(1), good.last_record_lsn) == page
+            assert good.disk_consistent_lsn > 24
+            assert bad.disk_consistent_lsn == 16
+            assert len(written) < 50
+        finally:
+            broken.clear()
+    assert len(written) == 100
+    bad.checkpoint()
+    assert bad.disk_consistent_lsn == written[-1]
+    assert not budget._failing
+    repository.shutdown(flush=True)

@@ -16,18 +16,18 @@ from batch_unit.store_support import BRANCH, IMAGE, MAIN, RECORD, TENANT, key
 from pageserver.layered_repository.layer_map_checks import (
     check_ancestor,
     check_layer,
-    check_layers,
     check_metadata,
+    check_unlisted,
     overlapping_groups,
-    uncovered_lsns,
 )
-from pageserver.layered_repository.layer_name import MAX_KEY, MIN_KEY, LayerName
+from pageserver.layered_repository.layer_name import LayerName
 from pageserver.layered_repository.layer_writer import LayerWriter
 from pageserver.layered_repository.metadata import (
     TimelineMetadata,
     read_metadata,
     write_metadata,
 )
+from pageserver.layered_repository.timeline_dir import TimelineDir
 from pageserver.layered_repository.verify_repository import (
     MAX_ALIKE,
     Finding,
@@ -196,7 +196,7 @@ def test_metadata(workdir: Path) -> None:
     other[:4] = struct.pack(">I", crc32c(bytes(other[4:])))
     path.write_bytes(other)
     assert [f.message for f in problems(workdir) if f.path == path] == [
-        "format version 9, this program reads 2"
+        "format version 9, this program reads 3"
     ]
 
 
@@ -214,7 +214,9 @@ def test_a_layer_of_another_timeline(workdir: Path) -> None:
     source, _ = layers_of(workdir, MAIN)[0]
     target, _ = layers_of(workdir, BRANCH)[0]
     shutil.copy(source, target)
-    assert the_problem(workdir).path == target
+    support.list_all_layers(directory_of(target.parent, BRANCH))
+    found = the_problem(workdir)
+    assert (found.path, "belongs to a layer of" in found.message) == (target, True), found
 
 
 def test_damage_does_not_end_it(workdir: Path) -> None:
@@ -235,13 +237,24 @@ def test_missing_ancestor(workdir: Path) -> None:
     assert found.message == f"its ancestor {MAIN} is missing"
 
 
-def write(directory: Path, name: LayerName, *entries: tuple[int, int, int, bytes]) -> Path:
+def directory_of(path: Path, timeline_id: TimelineId = MAIN) -> TimelineDir:
+    return TimelineDir(path, TENANT, timeline_id)
+
+
+def write(
+    directory: Path,
+    name: LayerName,
+    *entries: tuple[int, int, int, bytes],
+    listed: bool = True,
+) -> Path:
     """Add a layer file to a timeline, its entries by number of the key."""
     path = directory / str(name)
     writer = LayerWriter(path, TENANT.raw, MAIN.raw)
     for number, lsn, flags, data in entries:
         writer.add(key(number), lsn, flags, data)
     writer.finish(name)
+    if listed:
+        support.list_all_layers(directory_of(directory))
     return path
 
 
@@ -290,40 +303,81 @@ def test_images_that_disagree(small: Path) -> None:
     assert "lacks the value" in the_problem(small).message
 
 
-def test_a_missing_image(small: Path) -> None:
-    """Records whose base is gone; with it all images of a timeline that was imported."""
-    for path in small.iterdir():
-        name = LayerName.parse(path.name)
+def test_every_missing_layer_is_told(workdir: Path) -> None:
+    for timeline_id in (MAIN, BRANCH):
+        for path, _ in layers_of(workdir, timeline_id):
+            content = path.read_bytes()
+            path.unlink()
+            for names_only in (False, True):
+                found = [x for x in verify(workdir, names_only=names_only) if x.is_problem]
+                assert [(x.path, x.message) for x in found] == [
+                    (path, "missing: the timeline's list of layers names it")
+                ]
+            path.write_bytes(content)
+
+
+def test_a_missing_or_damaged_list(workdir: Path) -> None:
+    directory = timeline_path(workdir, MAIN)
+    path = next(directory.glob("layers-*"))
+    content = path.read_bytes()
+    for offset in range(0, len(content), 7):
+        flip(path, offset)
+        found = the_problem(workdir)
+        assert (found.path, found.offset is not None) == (path, True), offset
+        path.write_bytes(content)
+    path.unlink()
+    found = the_problem(workdir)
+    assert found.path == path
+    assert found.message.startswith("missing: without it nobody knows which layers")
+    notes = [x.message for x in verify(workdir) if not x.is_problem]
+    assert "its values were not checked, as files of it are damaged" in notes
+
+
+def test_layers_that_are_not_listed_are_notes(small: Path) -> None:
+    name = LayerName.delta(key(1), key(3), 17, 33)
+    path = write(small, name, (1, 24, RECORD, b"whatever"), listed=False)
+    flip(path, 200)
+    other = small / "layers-00000000000000FF"
+    other.write_bytes(b"x")
+    found = list(verify(small))
+    assert {(x.path, x.message, x.is_problem) for x in found} == {
+        (path, "not in the list of layers: the next start removes it", False),
+        (other, "a list of layers that does not count: the next start removes it", False),
+    }
+
+
+def test_a_base_that_nobody_has(small: Path) -> None:
+    """Records of keys that no layer of the list says anything else of."""
+    for path, name in [(x, LayerName.parse(x.name)) for x in small.iterdir()]:
         if name is not None and name.is_image:
             path.unlink()
+    support.list_all_layers(directory_of(small))
     found = problems(small)
     assert {finding.path for finding in found} == {small}
-    messages = [finding.message for finding in found]
-    assert messages[0].startswith("there is no image layer: that of the import at 0/10, ")
     # Two keys in three deltas.
-    assert len(messages) == 7
-    assert all("the layer that had it is missing" in message for message in messages[1:])
-    assert f"Base image for {key(1).hex().upper()} at 0/18 not found" in messages[1]
+    assert len(found) == 6
+    assert all("the layer that had it is missing" in finding.message for finding in found)
+    assert f"Base image for {key(1).hex().upper()} at 0/18 not found" in found[0].message
 
 
-def test_a_missing_delta_is_worth_a_note(small: Path) -> None:
-    """It cannot be told from WAL without changes."""
-    (small / str(LayerName.l0_delta(25, 33))).unlink()
-    found = list(verify(small))
-    assert [(f.path, f.is_problem) for f in found] == [(small, False)]
-    assert found[0].message.startswith("no delta layer has LSNs 0/19 to 0/21")
-
-
-def test_a_missing_delta_with_the_base(tmp_path: Path) -> None:
-    with support.opened(tmp_path / str(TENANT)) as repository:
+def test_a_root_without_keys(tmp_path: Path) -> None:
+    """All its keys were deleted: garbage collection leaves no image, nor anything else."""
+    with support.opened(tmp_path / str(TENANT), image_creation_threshold=1) as repository:
         timeline = support.new_timeline(repository)
-        support.put(timeline, 24, (50, IMAGE, b"new"))
+        support.delete_range(timeline, 24, 0, 100)
         timeline.checkpoint()
-        support.put_layers(timeline, (32,), 50)
-        path = timeline.directory.path
-    (path / str(LayerName.l0_delta(17, 25))).unlink()
-    found = the_problem(path)
-    assert key(50).hex().upper() in found.message
+        for _ in range(3):
+            repository.gc(MAIN, choose_cutoff=lambda timeline: 24)
+        assert list(timeline.view.layers) == []
+        support.put(timeline, 32, (1, IMAGE, b"new"))
+        timeline.checkpoint()
+    assert list(verify(tmp_path / str(TENANT))) == []
+    # Not even a layer is left that tells whose files they are.
+    path = timeline.directory.path
+    for layer in path.glob("*__*"):
+        layer.unlink()
+    support.list_all_layers(directory_of(path))
+    assert list(verify(path.rename(tmp_path / "copy"))) == []
 
 
 def test_many_findings_of_a_kind(tmp_path: Path) -> None:
@@ -340,7 +394,7 @@ def test_notes(workdir: Path) -> None:
     directory = timeline_path(workdir, MAIN)
     consistent = read_metadata(directory / "metadata").disk_consistent_lsn
     name = LayerName.l0_delta(consistent + 1, consistent + 9)
-    beyond = write(directory, name, (1, consistent + 8, IMAGE, b"x"))
+    beyond = write(directory, name, (1, consistent + 8, IMAGE, b"x"), listed=False)
     left = {
         directory / "layer-5.___temp": "temporary, left by a crash: the next start removes it",
         directory / f"{beyond.name}.0.old": "set aside, as its flush never finished: "
@@ -434,7 +488,6 @@ def test_command(workdir: Path, capsys: pytest.CaptureFixture[str], tmp_path: Pa
 # ---- the pure checks
 
 ROOT = TimelineMetadata(80, 72, None, 0, 40, 16)
-IMPORT = LayerName.image(key(0), key(9), 16)
 
 
 def test_metadata_checks() -> None:
@@ -457,40 +510,16 @@ def test_metadata_checks() -> None:
 
 def test_layer_checks() -> None:
     assert check_layer(LayerName.l0_delta(73, 81), ROOT) is None
-    beyond = check_layer(LayerName.l0_delta(73, 89), ROOT)
-    assert beyond is not None and not beyond.is_problem
-    below = check_layer(LayerName.l0_delta(41, 57), replace(ROOT, ancestor_lsn=48))
-    assert below is not None and below.is_problem
-
-
-def test_uncovered_lsns() -> None:
-    def delta(start: int, end: int, *numbers: int) -> LayerName:
-        low, high = (key(numbers[0]), key(numbers[1])) if numbers else (MIN_KEY, MAX_KEY)
-        return LayerName.delta(low, high, start, end)
-
-    assert uncovered_lsns([IMPORT, delta(17, 81)], ROOT) == []
-    assert uncovered_lsns([IMPORT, delta(17, 41, 1, 2), delta(49, 73)], ROOT) == [
-        (41, 49),
-        (73, 81),
-    ]
-    assert uncovered_lsns([IMPORT, delta(17, 41), delta(49, 73)], ROOT, [41]) == [(73, 81)]
-    # At or below an image that reads begin with they may have been collected.
-    image = LayerName.image(key(0), key(1), 32)
-    assert uncovered_lsns([image, delta(41, 81)], ROOT) == [(33, 41)]
-    above_cutoff = LayerName.image(key(0), key(1), 48)
-    assert uncovered_lsns([IMPORT, above_cutoff, delta(49, 81)], ROOT) == [(17, 49)]
-    branch = replace(ROOT, ancestor_id=MAIN, ancestor_lsn=48)
-    assert uncovered_lsns([delta(49, 81)], branch) == []
-    assert uncovered_lsns([], branch) == [(49, 81)]
-
-
-def test_a_root_needs_an_image() -> None:
-    assert check_layers([IMPORT, LayerName.l0_delta(17, 81)], ROOT) == []
-    assert check_layers([LayerName.l0_delta(17, 81)], ROOT)[0].is_problem
-    # One that was never imported begins with its first LSN.
-    written = replace(ROOT, initdb_lsn=0)
-    assert check_layers([LayerName.l0_delta(1, 81)], written) == []
-    assert check_layers([], replace(ROOT, disk_consistent_lsn=0)) == []
+    for wrong, metadata in (
+        (LayerName.l0_delta(73, 89), ROOT),
+        (LayerName.l0_delta(41, 57), replace(ROOT, ancestor_lsn=48)),
+    ):
+        remark = check_layer(wrong, metadata)
+        assert remark is not None and remark.is_problem
+    beyond = check_unlisted(LayerName.l0_delta(73, 89), ROOT)
+    assert "sets it aside" in beyond.message and not beyond.is_problem
+    old = check_unlisted(LayerName.l0_delta(73, 81), ROOT)
+    assert "removes it" in old.message and not old.is_problem
 
 
 def test_overlapping_groups() -> None:
