@@ -1,4 +1,4 @@
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 # The layout of the shared memory is that of pgxn/walredo/walredo.h.
 
@@ -71,6 +71,8 @@ cdef class RedoChannel:
     cdef bint failed
     cdef uint32_t stalled_at
     cdef bint stalled
+    cdef int watches_to_skip
+    cdef int watches_missed
     cdef readonly long load
     cdef readonly bint gone
     cdef readonly bint timed_out
@@ -79,7 +81,8 @@ cdef class RedoChannel:
     cdef void give_back(self, int number)
     cdef void submit(self, int number)
     cdef void ring(self) noexcept nogil
-    cdef void spin(self, int number) noexcept nogil
+    cdef bint spin(self, int number, int64_t duration_ns) noexcept nogil
+    cdef bint watch(self, int number) noexcept
     cdef int wait(self, int number, long timeout_ms) noexcept nogil
     cdef int state(self, int number) noexcept
     cdef int first_unserved(self) noexcept

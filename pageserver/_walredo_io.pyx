@@ -1,6 +1,6 @@
 """Memory shared with a redo process; the protocol is described in pgxn/walredo/walredo.h.
 
-The GIL is the lock of a channel: all but `ring` and `wait` is done with it held, and nothing that
+The GIL is the lock of a channel: all but `ring`, `spin` and `wait` is done with it held, and nothing that
 must be done at once runs Python code in between. The process is not trusted: what it may have
 written is copied before it is checked, and what only the client decides is kept out of its reach.
 """
@@ -105,8 +105,10 @@ cdef enum:
     # Memory of a slot that is kept; beyond that it is given back after use.
     KEPT_ITEMS = 512 << 10
     RECORD_HEADER_BYTES = 24  # SizeOfXLogRecord
-    # About what it costs to wake the process on an idle CPU, and to go to sleep and be woken.
-    SPIN_NS = 30000
+    # Twice what a process that runs takes for a request that is near; the GIL is held meanwhile.
+    WATCH_NS = 12000
+    # At most every 64th request looks out in vain.
+    WATCHES_MISSED = 6
 
 
 cdef struct RecordHeader:
@@ -275,18 +277,41 @@ cdef class RedoChannel:
         if load_acquire(&self.memory.sleeping) and exchange(&self.memory.sleeping, 0):
             futex_wake(&self.memory.sleeping)
 
-    cdef void spin(self, int number) noexcept nogil:
-        """Look out for an answer for as long as it costs to go to sleep and be woken.
+    cdef bint spin(self, int number, int64_t duration_ns) noexcept nogil:
+        """Look out for an answer for some time; whether it is there.
 
         That would only keep the process from running if it is on this CPU.
         """
         cdef uint32_t *p = &self.memory.slots[number].state
         cdef int64_t end
         if <int> self.memory.cpu == sched_getcpu():
-            return
-        end = now_ns() + SPIN_NS
-        while load_acquire(p) in (SUBMITTED, TAKEN) and now_ns() < end:
+            return False
+        end = now_ns() + duration_ns
+        while load_acquire(p) in (SUBMITTED, TAKEN):
+            if now_ns() >= end:
+                return False
             spin_pause()
+        return True
+
+    cdef bint watch(self, int number) noexcept:
+        """Look out, with the GIL held, for an answer that is near; whether it is there.
+
+        It comes sooner than the GIL can be handed to another thread and got back: many callers are
+        served one after the other without a system call. That needs a process that runs. If it
+        does not, for want of a CPU, this is tried ever more rarely. One that sleeps is left to
+        ring().
+        """
+        if load_acquire(&self.memory.sleeping):
+            return False
+        if self.watches_to_skip > 0:
+            self.watches_to_skip -= 1
+            return False
+        if self.spin(number, WATCH_NS):
+            self.watches_missed = 0
+            return True
+        self.watches_missed = min(self.watches_missed + 1, WATCHES_MISSED)
+        self.watches_to_skip = (1 << self.watches_missed) - 1
+        return False
 
     cdef int wait(self, int number, long timeout_ms) noexcept nogil:
         """Wait for ANSWERED, LOST or BLAMED; 0 after the timeout, -1 after a signal."""

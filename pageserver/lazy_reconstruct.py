@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from pageserver.config import PageServerConf
 from pageserver.metrics import PageserverMetrics
+from pageserver.thread_starter import StartThread
 from postgres_ffi.distrib import PgDistrib
 from zenith_utils.cache_dir import cache_dir
 from zenith_utils.ids import TenantId
@@ -31,11 +32,13 @@ class LazyReconstruct:
         conf: PageServerConf,
         workdir: Path,
         metrics: PageserverMetrics,
+        starter: StartThread,
     ) -> None:
         self._distrib = distrib
         self._conf = conf
         self._workdir = workdir
         self._metrics = metrics
+        self._starter = starter
         self._lock = threading.Lock()
         self._pool: WalRedoPool | None = None
         self._reconstruct: Reconstruct | None = None
@@ -68,6 +71,8 @@ class LazyReconstruct:
                     control_file=self.control_file,
                     max_processes=self._conf.max_redo_processes,
                     timeout=self._conf.wal_redo_timeout,
+                    waited=self._metrics.wal_redo_wait_time.observe,
+                    starter=self._starter,
                 )
                 self._reconstruct = make_reconstruct(self._metrics.measured_redo(self._pool))
             return self._reconstruct

@@ -37,6 +37,7 @@ from pageserver.tenant_config import (
     merge_overrides,
     save_overrides,
 )
+from pageserver.thread_starter import ThreadStarter
 from pageserver.timelines import TimelineHandle
 from postgres_ffi.distrib import PgDistrib
 from zenith_utils.ids import TenantId, TimelineId
@@ -83,6 +84,8 @@ class Shared:
     resources: StoreResources
     metrics: PageserverMetrics
     checkpointer: Checkpointer
+    threads: ThreadStarter
+    """For what must not inherit the niceness of the thread that wants it."""
 
 
 class Tenant:
@@ -107,7 +110,11 @@ class Tenant:
         self._metrics = shared.metrics
         self._checkpointer = shared.checkpointer
         self._reconstruct = LazyReconstruct(
-            distrib, conf, redo_directory(conf, tenant_id), shared.metrics
+            distrib,
+            conf,
+            redo_directory(conf, tenant_id),
+            shared.metrics,
+            shared.threads.start,
         )
         self._repository = Repository(
             self.path,

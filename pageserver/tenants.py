@@ -37,6 +37,7 @@ from pageserver.tenant_config import (
     merge_overrides,
     save_overrides,
 )
+from pageserver.thread_starter import ThreadStarter
 from pageserver.timelines import TimelineHandle
 from postgres_ffi.distrib import PgDistrib
 from postgres_ffi.page import BLCKSZ
@@ -61,7 +62,10 @@ class TenantManager:
             memory=MemoryBudget(conf.open_layer_memory_limit),
             measure=self.metrics.storage_time,
         )
-        self._shared = Shared(conf, distrib, self._resources, self.metrics, self._checkpointer)
+        self._threads = ThreadStarter()
+        self._shared = Shared(
+            conf, distrib, self._resources, self.metrics, self._checkpointer, self._threads
+        )
         self._background = [
             BackgroundThread(task, self._active) for task in (CompactionTask(), GcTask())
         ]
@@ -212,6 +216,7 @@ class TenantManager:
             except Exception:
                 log.exception("tenant %s could not be shut down cleanly", tenant.tenant_id)
                 clean = False
+        self._threads.close()
         return clean
 
     def _loaded(self) -> list[TimelineHandle]:

@@ -10,7 +10,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from pageserver._walredo_process import (
     start_process,
 )
 from pageserver._walredo_queue import MaskRequest, RedoQueue
+from pageserver.thread_starter import StartThread, start_thread
 from postgres_ffi.distrib import PgDistrib
 from zenith_utils.lsn import Lsn
 
@@ -71,14 +72,17 @@ class WalRedoPool:
     """The redo processes of one tenant; thread safe.
 
     Processes start at first use, and one more when those there are have much to do or do not get
-    on, up to ``max_processes``. A process serves its callers in order of arrival; it does so in
-    turns with those that want many pages or have long chains of records.
+    on, up to ``max_processes``. A process serves its callers in order of arrival; those that want
+    many pages take turns, and long chains of records are sent in steps, so that a caller that
+    wants one page waits for some dozens of others at most.
 
     ``module`` is the built ``walredo.so``; ``workdir`` a directory for this pool alone, which the
     unprivileged user can reach; ``control_file`` the cluster's pg_control (8192 bytes), which says
     whether it has data checksums; ``timeout`` the seconds that one request may take;
     ``wal_log_hints`` the setting of the cluster that wrote the WAL. ``sandbox=False`` runs without
-    the system call filter. Raises OSError if ``workdir`` cannot be made.
+    the system call filter. ``waited(seconds)`` is called after a call that had to wait until a
+    process could take a request. A process belongs to a thread of its own and runs at the niceness
+    of that; ``starter`` starts these threads. Raises OSError if ``workdir`` cannot be made.
     """
 
     def __init__(
@@ -92,6 +96,8 @@ class WalRedoPool:
         timeout: float = 60.0,
         wal_log_hints: bool = False,
         sandbox: bool = True,
+        waited: Callable[[float], None] = lambda seconds: None,
+        starter: StartThread = start_thread,
     ) -> None:
         if len(control_file) != CONTROL_FILE_SIZE:
             raise ValueError(
@@ -109,7 +115,8 @@ class WalRedoPool:
             sandbox=sandbox,
         )
         self._max_processes = max_processes
-        self._queue = RedoQueue(self._start_another, _failure, timeout)
+        self._queue = RedoQueue(self._start_another, _failure, timeout, waited)
+        self._start_thread = starter
         self._lock = threading.Lock()
         self._gone = threading.Condition(self._lock)
         self._live: set[RedoProcess] = set()
@@ -178,7 +185,7 @@ class WalRedoPool:
             self._starting += 1
             self._update_may_start()
         try:
-            threading.Thread(target=self._run_process, name="wal redo", daemon=True).start()
+            self._start_thread(self._run_process, "wal redo")
         except RuntimeError as e:
             self._start_failed(WalRedoError(f"a redo process did not start: {e}"))
 
