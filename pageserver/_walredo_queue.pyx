@@ -25,6 +25,7 @@ from pageserver._walredo_io cimport (
 )
 
 import threading
+import time
 from collections import deque
 
 cdef enum:
@@ -34,7 +35,12 @@ cdef enum:
     STEP_BYTES = 128 << 10
     # What one caller has in the lines at a time, so that others need not wait long.
     WINDOW = 16
-    WINDOW_BYTES = 512 << 10
+    WINDOW_BYTES = 256 << 10
+    # Requests of one call beyond which it is made in turns with other such calls: the lines stay
+    # short for those who want few pages, and the memory of the slots in use stays in the caches.
+    FEW = 4
+    # Requests after which a turn ends if others wait for one.
+    TURN = 64
     # Load of a process (records, with so many added for a page) up to which it gets more, even if
     # another one has nothing to do: a request costs less if nobody has to be woken for it.
     PAGE_LOAD = 8
@@ -81,7 +87,7 @@ cdef class Call:
 
 @cython.final
 cdef class Waiter:
-    """A thread that waits for a slot; is given one, or an error, exactly once."""
+    """A thread that waits for a slot or for its turn; is given it, or an error, exactly once."""
 
     cdef object given
     cdef RedoChannel channel
@@ -153,7 +159,8 @@ cdef class RedoQueue:
 
     ``want_process()`` is called when one more process would be of use, and ``may_start`` allows it;
     ``explain(request, reason)`` makes the exception that takes the place of a page;
-    ``timeout`` is only mentioned in it. Thread safe.
+    ``timeout`` is only mentioned in it; ``waited(seconds)`` is called when a request had to wait
+    until a process could take it, and only then. Thread safe.
     """
 
     cdef public bint may_start
@@ -161,16 +168,22 @@ cdef class RedoQueue:
     cdef object explain
     cdef object timeout
     cdef list channels
+    cdef object waited
     cdef object waiters  # deque; not empty only if no slot is unused
+    cdef object turn_waiters  # deque; not empty only if all turns are taken
+    cdef Py_ssize_t turns  # taken
     cdef object closed  # makes the exception to raise
 
-    def __init__(self, want_process, explain, double timeout):
+    def __init__(self, want_process, explain, double timeout, waited):
         self.may_start = True
         self.want_process = want_process
         self.explain = explain
         self.timeout = timeout
+        self.waited = waited
         self.channels = []
         self.waiters = deque()
+        self.turn_waiters = deque()
+        self.turns = 0
         self.closed = None
 
     # Processes
@@ -179,6 +192,7 @@ cdef class RedoQueue:
         """A process that takes requests."""
         self.channels.append(channel)
         self._give_slots()
+        self._give_turns()
 
     def remove(self, RedoChannel channel not None):
         """A process that takes no more requests."""
@@ -198,13 +212,19 @@ cdef class RedoQueue:
         """How many callers wait for a place in a line."""
         return len(self.waiters)
 
+    @property
+    def waiting_for_turn(self) -> int:
+        """How many callers wait until it is their turn to put many requests into the lines."""
+        return len(self.turn_waiters)
+
     def fail_waiting(self, error):
-        """Raise the error in all callers that wait for a place in a line."""
+        """Raise the error in all callers that wait for a place in a line or for their turn."""
         cdef Waiter waiter
-        while self.waiters:
-            waiter = self.waiters.popleft()
-            waiter.error = error
-            waiter.given.release()
+        for waiters in (self.waiters, self.turn_waiters):
+            while waiters:
+                waiter = waiters.popleft()
+                waiter.error = error
+                waiter.given.release()
 
     def close(self, make_error):
         """From now on raise an error in all calls that need a process."""
@@ -218,8 +238,22 @@ cdef class RedoQueue:
 
         Raises what close() or fail_waiting() was told to raise, and what a signal handler raises.
         """
-        cdef Py_ssize_t next_index = 0, count = len(requests)
+        cdef Py_ssize_t done = 0, count = len(requests)
         cdef list outcomes = [None] * count
+        if count <= FEW:
+            self._serve_from(requests, 0, outcomes)
+            return outcomes
+        while done < count:
+            self._take_turn()
+            try:
+                done = self._serve_from(requests, done, outcomes)
+            finally:
+                self._end_turn()
+        return outcomes
+
+    cdef Py_ssize_t _serve_from(self, requests, Py_ssize_t start, list outcomes) except -1:
+        """Serve requests until the turn ends; returns the index of the first that is left."""
+        cdef Py_ssize_t next_index = start, count = len(requests)
         cdef list flying = []
         cdef list again = []
         cdef Py_ssize_t size = 0
@@ -229,6 +263,8 @@ cdef class RedoQueue:
         try:
             while True:
                 while len(flying) < WINDOW and size < WINDOW_BYTES:
+                    if next_index - start >= TURN and self.turn_waiters:
+                        count = next_index
                     if again:
                         call = again.pop(0)
                     elif next_index < count:
@@ -243,13 +279,59 @@ cdef class RedoQueue:
                         flying.append(call)
                         size += call.size
                 if not flying:
-                    return outcomes
+                    return next_index
                 self._wait(flying, next_index < count or again)
                 size = self._collect(flying, again, outcomes)
         except BaseException:
             for call in flying:
                 self._abandon(call)
             raise
+
+    # Turns
+
+    cdef int _take_turn(self) except -1:
+        """Wait until this thread may have many requests in the lines."""
+        cdef Waiter waiter
+        if not self.turn_waiters and self._turn_is_free():
+            self.turns += 1
+            return 0
+        if self.closed is not None:
+            raise self.closed()
+        waiter = Waiter()
+        started = time.monotonic()
+        self.turn_waiters.append(waiter)
+        try:
+            while not waiter.given.acquire(timeout=1.0):
+                PyErr_CheckSignals()  # of one that came just before the wait
+            if waiter.error is not None:
+                raise waiter.error
+            self.waited(time.monotonic() - started)
+        except BaseException:
+            if waiter in self.turn_waiters:
+                self.turn_waiters.remove(waiter)
+            elif waiter.error is None:
+                self._end_turn()
+            raise
+        return 0
+
+    cdef int _end_turn(self) except -1:
+        self.turns -= 1
+        return self._give_turns()
+
+    cdef int _give_turns(self) except -1:
+        """Give free turns to the threads that wait longest."""
+        cdef Waiter waiter
+        while self.turn_waiters and self._turn_is_free():
+            waiter = self.turn_waiters.popleft()
+            self.turns += 1
+            waiter.given.release()
+        return 0
+
+    cdef bint _turn_is_free(self) noexcept:
+        """One more than processes: they have work while a turn passes on."""
+        return self.turns <= len(self.channels)
+
+    # Slots
 
     cdef bint _place(self, Call call, bint wait, list outcomes) except -1:
         """Put a request into a line; false if there is no room and we shall not wait for it."""
@@ -307,21 +389,24 @@ cdef class RedoQueue:
         cdef Waiter waiter = Waiter()
         if self.closed is not None:
             raise self.closed()
+        started = time.monotonic()
         self.waiters.append(waiter)
         try:
             if self.may_start:
                 self.want_process()
             # Slots of withdrawn requests get free without anybody noticing.
             while not waiter.given.acquire(timeout=1.0):
+                PyErr_CheckSignals()
                 self._give_slots()
+            if waiter.error is not None:
+                raise waiter.error
+            self.waited(time.monotonic() - started)
         except BaseException:
             if waiter in self.waiters:
                 self.waiters.remove(waiter)
             elif waiter.channel is not None:
                 self._release(waiter.channel, waiter.slot)
             raise
-        if waiter.error is not None:
-            raise waiter.error
         return waiter
 
     cdef int _give_slots(self) except -1:
@@ -386,13 +471,13 @@ cdef class RedoQueue:
                 state = channel.wait(call.slot, PATIENCE_MS)
             if state > 0:
                 return 0
+            PyErr_CheckSignals()
             if state < 0:
-                PyErr_CheckSignals()
-            elif channel.served() == served:
+                continue
+            if channel.served() == served:
                 channel.note_stall()
                 return 0
-            else:
-                served = channel.served()
+            served = channel.served()
 
     cdef Py_ssize_t _collect(self, list flying, list again, list outcomes) except -1:
         """Take the answers that are there; returns the size of the requests still in the lines.

@@ -49,6 +49,12 @@ class PageserverMetrics(Metrics):
         self._wal_redo_time = self.histogram(
             "wal_redo_time", "Time of one call of WAL redo, in seconds", (), DURATION_BUCKETS
         )
+        self.wal_redo_wait_time = self.histogram(
+            "wal_redo_wait_time",
+            "Time that calls of WAL redo which had to wait for a process did so, in seconds",
+            (),
+            DURATION_BUCKETS,
+        )
         self._wal_records_replayed = self.counter(
             "wal_records_replayed", "Number of WAL records applied to pages"
         )

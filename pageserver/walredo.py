@@ -10,7 +10,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,14 +71,16 @@ class WalRedoPool:
     """The redo processes of one tenant; thread safe.
 
     Processes start at first use, and one more when those there are have much to do or do not get
-    on, up to ``max_processes``. A process serves its callers in order of arrival; it does so in
-    turns with those that want many pages or have long chains of records.
+    on, up to ``max_processes``. A process serves its callers in order of arrival; those that want
+    many pages take turns, and long chains of records are sent in steps, so that a caller that
+    wants one page waits for some dozens of others at most.
 
     ``module`` is the built ``walredo.so``; ``workdir`` a directory for this pool alone, which the
     unprivileged user can reach; ``control_file`` the cluster's pg_control (8192 bytes), which says
     whether it has data checksums; ``timeout`` the seconds that one request may take;
     ``wal_log_hints`` the setting of the cluster that wrote the WAL. ``sandbox=False`` runs without
-    the system call filter. Raises OSError if ``workdir`` cannot be made.
+    the system call filter. ``waited(seconds)`` is called after a call that had to wait until a
+    process could take a request. Raises OSError if ``workdir`` cannot be made.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class WalRedoPool:
         timeout: float = 60.0,
         wal_log_hints: bool = False,
         sandbox: bool = True,
+        waited: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         if len(control_file) != CONTROL_FILE_SIZE:
             raise ValueError(
@@ -109,7 +112,7 @@ class WalRedoPool:
             sandbox=sandbox,
         )
         self._max_processes = max_processes
-        self._queue = RedoQueue(self._start_another, _failure, timeout)
+        self._queue = RedoQueue(self._start_another, _failure, timeout, waited)
         self._lock = threading.Lock()
         self._gone = threading.Condition(self._lock)
         self._live: set[RedoProcess] = set()

@@ -1,25 +1,33 @@
-"""Pools of redo processes for tests, requests that need no recorded WAL, and threads that call."""
+"""Pools of redo processes for tests, requests that need no recorded WAL, and threads that call.
+
+The fixtures are for the modules that import them.
+"""
 
 import contextlib
+import os
 import shutil
+import signal
 import struct
 import subprocess
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
+import pytest
 from batch_unit.redo_support import PAGE_SIZE
 
 from pageserver.walredo import RedoRequest, WalRedoPool
 from pgxn.build import build_module
-from postgres_ffi.distrib import PgDistrib
+from postgres_ffi.distrib import PgDistrib, find_distrib
 from zenith_utils.os_user import give, popen_kwargs
 
 MakePool = Callable[..., WalRedoPool]
 
 SLOTS = 64  # requests that one process holds
+WINDOW = 16  # requests that one caller has under way
 
 
 def new_control_file(distrib: PgDistrib) -> bytes:
@@ -58,6 +66,22 @@ def pool_maker(distrib: PgDistrib, control_file: bytes) -> Iterator[MakePool]:
             pool.close()
     assert not list(root.iterdir())
     root.rmdir()
+
+
+@pytest.fixture(scope="module")
+def distrib() -> PgDistrib:
+    return find_distrib()
+
+
+@pytest.fixture(scope="module")
+def control_file(distrib: PgDistrib) -> bytes:
+    return new_control_file(distrib)
+
+
+@pytest.fixture
+def make_pool(distrib: PgDistrib, control_file: bytes) -> Iterator[MakePool]:
+    with pool_maker(distrib, control_file) as make:
+        yield make
 
 
 def page(n: int) -> bytes:
@@ -102,3 +126,31 @@ def in_thread(work: Callable[[], object]) -> tuple[threading.Thread, list[object
     thread = threading.Thread(target=run)
     thread.start()
     return thread, result
+
+
+def stopped_pool(make_pool: MakePool, timeout: float) -> tuple[WalRedoPool, int]:
+    """A pool whose only process does not get on, and the id of that."""
+    pool = make_pool(max_processes=1, timeout=timeout)
+    pool.redo([echo(0)])
+    (pid,) = processes(pool)
+    os.kill(pid, signal.SIGSTOP)
+    return pool, pid
+
+
+@pytest.fixture
+def stopped(make_pool: MakePool) -> tuple[WalRedoPool, int]:
+    """stopped_pool() with more time than a test takes."""
+    return stopped_pool(make_pool, 120.0)
+
+
+def in_line(
+    pool: WalRedoPool, numbers: list[range]
+) -> list[tuple[range, threading.Thread, list[object]]]:
+    """Callers whose requests are in the line in this order."""
+    calls = []
+    for group in numbers:
+        before = in_flight(pool)
+        thread, result = in_thread(partial(pool.redo_each, [echo(n) for n in group]))
+        wait_until(lambda: in_flight(pool) == before + min(len(group), WINDOW))  # noqa: B023
+        calls.append((group, thread, result))
+    return calls

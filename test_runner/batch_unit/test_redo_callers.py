@@ -4,26 +4,26 @@ import os
 import signal
 import struct
 import threading
-from collections.abc import Iterator
 from functools import partial
 from types import FrameType
 
 import pytest
+from batch_unit import redo_pools
 from batch_unit.redo_pools import (
+    WINDOW,
     MakePool,
     echo,
     in_flight,
+    in_line,
     in_thread,
-    new_control_file,
     page,
-    pool_maker,
     processes,
+    stopped_pool,
     wait_until,
 )
 
 from pageserver._walredo_process import ProcessSettings, RedoProcess, start_process
 from pageserver.walredo import RedoRequest, WalRedoError, WalRedoPool
-from postgres_ffi.distrib import PgDistrib, find_distrib
 from postgres_ffi.versions import Rmgr
 from zenith_utils.crc32c import crc32c
 
@@ -32,23 +32,11 @@ XLOG_HEAP_INSERT_INIT = 0x80
 XLOG_HEAP_INPLACE = 0x70
 BKPBLOCK_HAS_DATA = 0x20
 BKPBLOCK_WILL_INIT = 0x40
-WINDOW = 16  # requests that one caller has under way
 
-
-@pytest.fixture(scope="module")
-def distrib() -> PgDistrib:
-    return find_distrib()
-
-
-@pytest.fixture(scope="module")
-def control_file(distrib: PgDistrib) -> bytes:
-    return new_control_file(distrib)
-
-
-@pytest.fixture
-def make_pool(distrib: PgDistrib, control_file: bytes) -> Iterator[MakePool]:
-    with pool_maker(distrib, control_file) as make:
-        yield make
+distrib = redo_pools.distrib
+control_file = redo_pools.control_file
+make_pool = redo_pools.make_pool
+stopped = redo_pools.stopped
 
 
 def heap_record(info: int, flags: int, blkno: int, data: bytes, main: bytes) -> bytes:
@@ -135,29 +123,6 @@ def test_every_caller_gets_its_own_answers(
     assert in_flight(pool) == 0
 
 
-@pytest.fixture
-def stopped(make_pool: MakePool) -> Iterator[tuple[WalRedoPool, int]]:
-    """A pool whose only process does not get on, and the id of that."""
-    pool = make_pool(max_processes=1, timeout=3.0)
-    pool.redo([echo(0)])
-    (pid,) = processes(pool)
-    os.kill(pid, signal.SIGSTOP)
-    yield pool, pid
-
-
-def in_line(
-    pool: WalRedoPool, numbers: list[range]
-) -> list[tuple[range, threading.Thread, list[object]]]:
-    """Callers whose requests are in the line in this order."""
-    calls = []
-    for group in numbers:
-        before = in_flight(pool)
-        thread, result = in_thread(partial(pool.redo_each, [echo(n) for n in group]))
-        wait_until(lambda: in_flight(pool) == before + min(len(group), WINDOW))  # noqa: B023
-        calls.append((group, thread, result))
-    return calls
-
-
 GROUPS = [range(1, 2), range(10, 12), range(100, 400), range(20, 21)]
 
 
@@ -171,8 +136,8 @@ def test_a_killed_process_costs_no_caller_anything(stopped: tuple[WalRedoPool, i
     assert pool.processes_started == 2
 
 
-def test_only_the_first_in_line_times_out(stopped: tuple[WalRedoPool, int]) -> None:
-    pool, _ = stopped
+def test_only_the_first_in_line_times_out(make_pool: MakePool) -> None:
+    pool, _ = stopped_pool(make_pool, 3.0)
     calls = in_line(pool, GROUPS)
     for _, thread, _ in calls:
         thread.join()

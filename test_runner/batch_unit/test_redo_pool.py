@@ -7,43 +7,29 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
+from batch_unit import redo_pools
 from batch_unit.redo_pools import (
     SLOTS,
     MakePool,
     echo,
     in_flight,
     in_thread,
-    new_control_file,
     page,
-    pool_maker,
     processes,
     wait_until,
 )
 
 from pageserver.walredo import RedoRequest, WalRedoClosedError, WalRedoError, WalRedoPool
-from postgres_ffi.distrib import PgDistrib, find_distrib
+from postgres_ffi.distrib import PgDistrib
 from zenith_utils.thread_priority import become_background
 
-
-@pytest.fixture(scope="module")
-def distrib() -> PgDistrib:
-    return find_distrib()
-
-
-@pytest.fixture(scope="module")
-def control_file(distrib: PgDistrib) -> bytes:
-    return new_control_file(distrib)
-
-
-@pytest.fixture
-def make_pool(distrib: PgDistrib, control_file: bytes) -> Iterator[MakePool]:
-    with pool_maker(distrib, control_file) as make:
-        yield make
+distrib = redo_pools.distrib
+control_file = redo_pools.control_file
+make_pool = redo_pools.make_pool
 
 
 def test_starts_at_first_use_and_keeps_the_process(make_pool: MakePool) -> None:
@@ -219,6 +205,18 @@ def test_signals_meant_for_the_pageserver_are_ignored(
     os.kill(processes(pool)[0], signo)
     assert pool.redo([echo(1)]) == [page(1)]
     assert pool.processes_started == 1
+
+
+def test_waits_for_a_process_are_told_and_only_these(make_pool: MakePool) -> None:
+    waits: list[float] = []
+    pool = make_pool(max_processes=1, waited=waits.append)
+    pool.redo([echo(0)])
+    (until_it_started,) = waits
+    assert until_it_started > 0
+    for n in range(100):
+        pool.redo([echo(n)])
+    pool.redo([echo(n) for n in range(100)])
+    assert waits == [until_it_started]
 
 
 ORPHAN = """

@@ -4,8 +4,12 @@ Run as a script. Records come from a small workload on a server of its own, so c
 heap updates, btree insertions, page images as CREATE INDEX logs them, 32 in one record, and one
 row that is updated over and over. What is measured is `WalRedoPool.redo()`: from the pageserver to
 a redo process and back.
+
+The bound of a case is what its CPU time per page would allow if all CPUs did nothing else; waiting
+that keeps a CPU busy counts as work there.
 """
 
+import os
 import resource
 import shutil
 import statistics
@@ -30,6 +34,11 @@ BATCH = 64
 LENGTHS = (1, 5, 20, 100)
 LONG = (100, 1000, 10_000)
 CALLERS = (1, 2, 8)
+CPUS = len(os.sched_getaffinity(0))
+BULK = 512
+BULK_CALLERS = (0, 1, 2, 8)
+SINGLES = 1000
+SINGLES_PAUSE = 0.0005  # seconds between pages: somebody who uses them
 ROUNDS = 5
 ROUND_SECONDS = 0.5
 SWITCH_INTERVAL = 0.0005  # that of the pageserver
@@ -205,7 +214,38 @@ def report_callers(pool: WalRedoPool, name: str, requests: list[RedoRequest]) ->
             f"{name:<18}{callers:>8}{batch:>6}{best.rate:>10,.0f}"
             f"{statistics.median(load.rate for load in loads):>10,.0f}{ratio:>7.2f}"
             f"{best.cpu:>12.1f}{best.redo_cpu:>8.1f}{best.switches:>10.2f}"
+            f"{1e6 / (best.cpu + best.redo_cpu):>12,.0f}"
+            f"{1e6 * CPUS / (best.cpu + best.redo_cpu):>10,.0f}"
         )
+
+
+def report_beside_bulk(
+    pool: WalRedoPool, single: list[RedoRequest], bulk: list[RedoRequest]
+) -> None:
+    """Latency of one page while others rebuild hundreds at a time, as for image layers."""
+    for callers in BULK_CALLERS:
+        stop = threading.Event()
+
+        def rebuild(stop: threading.Event = stop) -> None:
+            while not stop.is_set():
+                pool.redo(bulk)
+
+        threads = [threading.Thread(target=rebuild) for _ in range(callers)]
+        for thread in threads:
+            thread.start()
+        times = []
+        try:
+            for i in range(SINGLES):
+                started = time.perf_counter()
+                pool.redo([single[i % len(single)]])
+                times.append((time.perf_counter() - started) * 1e6)
+                time.sleep(SINGLES_PAUSE)
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+        quantiles = statistics.quantiles(times, n=100)
+        print(f"{callers:>12}{quantiles[49]:>10,.0f}{quantiles[98]:>10,.0f}")
 
 
 def report_long_chain(pool: WalRedoPool, rel: RelTag, chain: Chain) -> None:
@@ -251,10 +291,14 @@ def main() -> None:
 
         print(
             f"\n{'chain':<18}{'callers':>8}{'batch':>6}{'pages/s':>10}{'median':>10}{'ratio':>7}"
-            f"{'us CPU/page':>12}{'redo':>8}{'switches':>10}"
+            f"{'us CPU/page':>12}{'redo':>8}{'switches':>10}{'pages/CPU s':>12}{'bound':>10}"
         )
         for name in ("heap x 1", "heap x 20", "btree x 20"):
             report_callers(pool, name, cases[name])
+
+        bulk = (cases["heap x 20"] * (BULK // len(cases["heap x 20"]) + 1))[:BULK]
+        print(f"\n{'bulk callers':>12}{'p50 us':>10}{'p99 us':>10}   (one page of heap x 5)")
+        report_beside_bulk(pool, cases["heap x 5"], bulk)
 
         print(f"\n{'chain':<18}{'best us':>10}{'median':>10}{'us/record':>12}")
         (rel, _), chain = max(chains.items(), key=lambda item: len(item[1]))
