@@ -11,7 +11,7 @@ from libc.string cimport memcmp, memcpy, memmove
 from cpython.bytes cimport PyBytes_AS_STRING
 
 from compute_tools.walproposer._quorum cimport Peer, Quorum
-from compute_tools.walproposer.loop cimport EventHandler, EventLoop
+from compute_tools.walproposer.loop cimport ALL, MOST, EventHandler, EventLoop
 from zenith_utils.unaligned cimport get64, get_big
 
 import os
@@ -51,7 +51,7 @@ cdef class Link(EventHandler):
     """
 
     def __init__(self, EventLoop loop not None, sock, Quorum quorum not None, int index, listener):
-        """The safekeeper is `quorum.peers[index]`; the caller adds the link to the loop."""
+        """A session with `quorum.peers[index]`, which the loop watches until close()."""
         sock.setblocking(False)
         self.sock = sock
         self._fd = sock.fileno()
@@ -61,13 +61,11 @@ cdef class Link(EventHandler):
         self._listener = listener
         self._unsent = []
         self._feedback_bytes = b""
+        # Any quorum needs one more than those whom a wait for the quorum leaves out.
+        loop.add(self._fd, self, _READABLE, ALL if index < quorum.quorum - 1 else MOST)
 
     def __dealloc__(self):
         free(self._buffer)
-
-    def fileno(self):
-        """Descriptor for epoll."""
-        return self._fd
 
     @property
     def pending(self):
@@ -80,10 +78,12 @@ cdef class Link(EventHandler):
         return sum(map(len, self._unsent))
 
     def close(self):
-        """Close the socket."""
-        self.closed = True
-        self._fd = -1
-        self.sock.close()
+        """End the session."""
+        if not self.closed:
+            self.closed = True
+            self._loop.remove(self._fd)
+            self._fd = -1
+            self.sock.close()
 
     cdef int handle(self, uint32_t mask) except -1:
         if self.closed:

@@ -27,6 +27,7 @@ cdef class Quorum:
     cpdef bint acknowledge(
         self, Peer peer, uint64_t term, uint64_t flush_lsn, uint64_t commit_lsn, feedback
     ) noexcept
+    cdef bint none_ahead(self) noexcept
     cdef void _advance(self) noexcept
     cdef void write_append_header(
         self, uint8_t *header, uint64_t begin_lsn, uint64_t end_lsn

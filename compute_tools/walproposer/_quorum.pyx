@@ -96,6 +96,17 @@ cdef class Quorum:
             self.commit_lsn = commit
         self.truncate_lsn = max(self.truncate_lsn, min(lowest, self.commit_lsn))
 
+    cdef bint none_ahead(self) noexcept:
+        """Whether the next commit needs news from as many peers as are a quorum.
+
+        Then it needs news from one at least who is not among any `quorum` - 1 peers.
+        """
+        cdef Peer peer
+        for peer in self.peers:
+            if peer.flush_lsn > self.commit_lsn:
+                return False
+        return True
+
     cdef void write_append_header(
         self, uint8_t *header, uint64_t begin_lsn, uint64_t end_lsn
     ) noexcept:

@@ -31,4 +31,5 @@ cdef class Relay(EventHandler):
     cdef int _broadcast(self, uint64_t begin_lsn, Py_ssize_t size) except -1
     cdef int _lose(self, reason) except -1
     cpdef bint report(self, bint force=*) except -1
+    cdef int _level(self) noexcept
     cdef int _send_status(self, uint64_t lsn) except -1

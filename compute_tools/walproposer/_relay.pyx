@@ -15,7 +15,7 @@ from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 from compute_tools.walproposer._link cimport Link
 from compute_tools.walproposer._quorum cimport APPEND_HEADER_SIZE, Peer, Quorum
 from compute_tools.walproposer._xlog_stream cimport WAL_OFFSET, XLogStream
-from compute_tools.walproposer.loop cimport EventHandler, EventLoop
+from compute_tools.walproposer.loop cimport ALL, MOST, URGENT, EventHandler, EventLoop
 from zenith_utils.unaligned cimport put64_big, put_big
 
 import os
@@ -226,11 +226,14 @@ cdef class Relay(EventHandler):
         cdef double deadline = _now() + timeout
         cdef double wait = timeout
         cdef int events
+        cdef int level = ALL  # once per call everybody is heard, whatever happens
         self._loop.interrupted = False
         while True:
-            if self._quorum.commit_lsn > self.told_commit:
+            if level != ALL or self._quorum.commit_lsn > self.told_commit:
                 wait = min(wait, ANNOUNCE_COMMIT)
-            events = self._loop.poll(wait)
+            events = self._loop.poll(wait, level)
+            if events == 0 and level != ALL:
+                events = self._loop.poll(0.0, ALL)
             self.report()
             if self._readable:
                 self._receive()
@@ -241,3 +244,17 @@ cdef class Relay(EventHandler):
             wait = deadline - _now()
             if wait <= 0:
                 return True
+            level = self._level()
+
+    cdef int _level(self) noexcept:
+        """Whom to wait for: nobody is woken up for who cannot move the commit LSN.
+
+        The safekeepers that may be left out are level ALL, one less than a quorum; they have
+        answered, mostly, when another one does. Who answers after the quorum is heard with the
+        next WAL.
+        """
+        if self._fd < 0 or self.reported_lsn != self._quorum.commit_lsn:
+            return ALL
+        if self.stream.lsn == self._quorum.commit_lsn:
+            return URGENT if self._quorum.commit_lsn > self.told_commit else ALL
+        return MOST if self._quorum.none_ahead() else ALL

@@ -1,4 +1,8 @@
-"""A small event loop: epoll, one handler per descriptor, and calls posted by other threads."""
+"""A small event loop: epoll, one handler per descriptor, and calls posted by other threads.
+
+Waking up costs more than all else on the path of a commit. So a wait may leave out descriptors
+whose news can wait for other news: each has a level, and there is an epoll instance per level.
+"""
 
 from libc.errno cimport EINTR, errno
 from libc.math cimport ceil
@@ -41,46 +45,61 @@ cdef class EventLoop:
     """Everything but post() and in_thread() belongs to the thread that polls."""
 
     def __cinit__(self):
-        self._epoll = epoll_create1(EPOLL_CLOEXEC)
-        if self._epoll < 0:
-            raise OSError(errno, os.strerror(errno))
+        cdef int level
+        for level in range(LEVELS):
+            self._epolls[level] = -1
+        for level in range(LEVELS):
+            self._epolls[level] = epoll_create1(EPOLL_CLOEXEC)
+            if self._epolls[level] < 0:
+                raise OSError(errno, os.strerror(errno))
 
     def __init__(self):
         self._handlers = {}
+        self._levels = {}
         self._posted = queue.SimpleQueue()
         self._eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.add(self._eventfd, self._run_posted)
 
     def __dealloc__(self):
-        if self._epoll >= 0:
-            c_close(self._epoll)
+        cdef int level
+        for level in range(LEVELS):
+            if self._epolls[level] >= 0:
+                c_close(self._epolls[level])
         if self._eventfd > 0:
             c_close(self._eventfd)
 
-    def add(self, int fd, handler, uint32_t events=EPOLLIN):
-        """Call `handler` when `fd` is ready (level-triggered; errors and hang-ups included)."""
-        self.control(EPOLL_CTL_ADD, fd, events)
+    def add(self, int fd, handler, uint32_t events=EPOLLIN, int level=URGENT):
+        """Call `handler` when `fd` is ready (level-triggered; errors and hang-ups included).
+
+        `level`: the scarcest waits that include it.
+        """
+        if not ALL <= level <= URGENT:
+            raise ValueError(f"level {level}")
+        self.control(EPOLL_CTL_ADD, fd, level, events)
         self._handlers[fd] = handler
+        self._levels[fd] = level
 
     def modify(self, int fd, uint32_t events):
         """Change what a descriptor is watched for."""
-        self.control(EPOLL_CTL_MOD, fd, events)
+        self.control(EPOLL_CTL_MOD, fd, self._levels[fd], events)
 
     def remove(self, int fd):
         """Stop watching; call it before closing the descriptor."""
         del self._handlers[fd]
-        self.control(EPOLL_CTL_DEL, fd, 0)
+        self.control(EPOLL_CTL_DEL, fd, self._levels.pop(fd), 0)
 
-    cdef int control(self, int operation, int fd, uint32_t events) except -1:
+    cdef int control(self, int operation, int fd, int level, uint32_t events) except -1:
         cdef epoll_event event
+        cdef int i
         memset(&event, 0, sizeof(event))
         event.events = events
         event.data.fd = fd
-        if epoll_ctl(self._epoll, operation, fd, &event) != 0:
-            raise OSError(errno, os.strerror(errno))
+        for i in range(level + 1):
+            if epoll_ctl(self._epolls[i], operation, fd, &event) != 0:
+                raise OSError(errno, os.strerror(errno))
         return 0
 
-    cpdef int poll(self, double timeout) except -1:
+    cpdef int poll(self, double timeout, int level=ALL) except -1:
         """Wait up to `timeout` seconds and run the handlers; how many events there were.
 
         `interrupted` is set when a handler in Python ran, or a signal came.
@@ -91,7 +110,7 @@ cdef class EventLoop:
         cdef object handler
         PyErr_CheckSignals()
         with nogil:
-            count = epoll_wait(self._epoll, self._events, MAX_EVENTS, milliseconds)
+            count = epoll_wait(self._epolls[level], self._events, MAX_EVENTS, milliseconds)
             if count < 0:
                 error = errno
         if count < 0:

@@ -123,7 +123,6 @@ class SafekeeperPool:
         member.link = link
         member.heard_at = time.monotonic()
         logger.info("connected to %s", member)
-        self._loop.add(link.fileno(), link)
         self.perform(self._core.connected(member.index))
         try:
             if received and not link.closed:
@@ -136,7 +135,6 @@ class SafekeeperPool:
         if link is None:
             return
         logger.warning("session with %s ends: %s", member, reason)
-        self._loop.remove(link.fileno())
         link.close()
         member.link = None
         self._stop_recovery(member)
