@@ -271,10 +271,10 @@ class Pool:
 
 
 @contextmanager
-def pool_of(count: int) -> Iterator[tuple[Pool, list[socket.socket]]]:
+def pool_of(count: int, kind: type[Pool] = Pool) -> Iterator[tuple[Pool, list[socket.socket]]]:
     """A pool with links, and their other ends."""
     pairs = [socket.socketpair() for _ in range(count)]
-    pool = Pool([ours for ours, _ in pairs])
+    pool = kind([ours for ours, _ in pairs])
     try:
         yield pool, [theirs for _, theirs in pairs]
     finally:
@@ -536,10 +536,10 @@ def test_one_answer_is_no_commit_and_the_limit_holds_reports_back() -> None:
 
 
 def test_a_slow_reader_holds_one_unsent_message() -> None:
-    size, count = 30000, 40
+    size, count = 60000, 20
     with pool_of(3) as (pool, ends), attach(pool) as postgres:
         link = pool.link(1)
-        link.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 50000)
+        link.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 10000)
         wal = random.Random(5).randbytes(size * count)
         others: list[bytes] = [b"", b""]
         most = 0
@@ -565,6 +565,40 @@ def test_a_slow_reader_holds_one_unsent_message() -> None:
         assert others[0].startswith(data)
         assert len(data) == sent // size * (5 + APPEND_HEADER_SIZE + size)
         assert pool.core.peers[0].next_lsn == START + size * count
+        # New WAL would leave a gap.
+        postgres.sendall(xlog_data(START + size * count, bytes(8)))
+        pool.relay.run(DEADLINE)
+        assert raw(ends[0])
+        assert not raw(ends[1])
+        assert pool.core.peers[1].next_lsn == START + sent
+
+
+def test_nothing_is_read_of_a_session_that_was_ended_meanwhile() -> None:
+    class Leaving(Pool):
+        def on_message(self, link: Link, payload: bytes) -> None:
+            super().on_message(link, payload)
+            self.on_link_error(link, "left")
+
+    with pool_of(1, Leaving) as (pool, ends):
+        greeting, answer = AcceptorGreeting(TERM), AppendResponse(TERM, START + 8)
+        ends[0].sendall(copy_data(greeting.encode()) + copy_data(answer.encode()))
+        pool.relay.run(0.0)
+        assert pool.reasons == ["left"]
+        assert pool.core.peers[0].flush_lsn == 0
+
+
+def test_waits_that_leave_safekeepers_out() -> None:
+    """All but so many that a quorum needs one more, or all; a wait for everything reads them."""
+    with pool_of(3) as (pool, ends):
+        for end in ends:
+            end.sendall(copy_data(AppendResponse(TERM, START + 8).encode()))
+        assert pool.loop.poll(0.0, 2) == 0
+        assert pool.loop.poll(0.0, 1) == 2
+        assert [peer.flush_lsn for peer in pool.core.peers] == [0, START + 8, START + 8]
+        assert pool.loop.poll(0.0) == 1
+        assert pool.core.peers[0].flush_lsn == START + 8
+        pool.link(2).close()
+        assert pool.loop.poll(0.0) == 0
 
 
 def test_a_broken_link_does_not_stop_the_others() -> None:
