@@ -1,7 +1,8 @@
 """The proposer's part in consensus, as a pure state machine.
 
 No sockets, files or clocks: events of numbered safekeepers go in, actions come out. WAL itself does
-not pass through here; the driver asks each peer's `next_lsn` and reports what it has sent.
+not pass through here; the driver asks each peer's `next_lsn` and reports what it has sent. What is
+acknowledged and committed, the part that runs for every commit, is native: _quorum.pyx.
 
 The phases: CAMPAIGN until a quorum has voted; ELECTED while a quorum is brought to the donor's end
 of WAL, so that what any earlier leader may have committed is committed under this term, too;
@@ -11,18 +12,17 @@ LEADER from start() on, when Postgres adds WAL of its own.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final
 
+from compute_tools.walproposer._quorum import PeerState, Quorum
 from postgres_ffi.wal_format import WAL_BLCKSZ, WAL_SEGMENT_SIZE, normalize_lsn
 from zenith_utils.ids import TenantId, TimelineId
 from zenith_utils.lsn import lsn_text
 from zenith_utils.safekeeper_messages import (
-    NO_FEEDBACK,
     AcceptorGreeting,
     AcceptorMessage,
-    AppendRequest,
     AppendResponse,
     ProposerElected,
     ProposerGreeting,
@@ -48,17 +48,6 @@ class Phase(Enum):
     CAMPAIGN = "campaign"
     ELECTED = "elected"
     LEADER = "leader"
-
-
-class PeerState(Enum):
-    """Where the dialogue with a safekeeper stands."""
-
-    OFFLINE = "offline"
-    GREETING = "greeting"
-    GREETED = "greeted"
-    VOTING = "voting"
-    VOTED = "voted"
-    STREAMING = "streaming"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,22 +81,6 @@ class Defeated:
 Action = Send | Announced | CampaignFailed | Defeated
 
 
-@dataclass(slots=True)
-class Peer:
-    """A safekeeper as the proposer knows it."""
-
-    state: PeerState = PeerState.OFFLINE
-    term: int = 0
-    vote: VoteResponse | None = None
-    next_lsn: int = 0
-    """First byte not sent yet in this session; meaningful while STREAMING."""
-    flush_lsn: int = 0
-    """Durable there in our term, as far as we know; also valid while offline."""
-    commit_lsn: int = 0
-    """Persisted commit LSN as last reported in our term."""
-    feedback: ZenithFeedback = field(default=NO_FEEDBACK)
-
-
 @dataclass(frozen=True, slots=True)
 class Identity:
     """What a greeting tells; `system_id` and `pg_version` are 0 while unknown."""
@@ -119,23 +92,16 @@ class Identity:
     system_id: int = 0
 
 
-class Proposer:
+class Proposer(Quorum):
     """Drives one election and then the stream. All methods are called by one thread."""
 
     def __init__(self, identity: Identity, peer_count: int) -> None:
-        if peer_count < 1:
-            raise ValueError("a proposer needs at least one safekeeper")
+        super().__init__(peer_count, identity.proposer_id)
         self.identity = identity
-        self.peers = [Peer() for _ in range(peer_count)]
-        self.quorum = peer_count // 2 + 1
         self.phase = Phase.CAMPAIGN
-        self.term = 0
         self.bootstrap = False
         """No complete record was ever written to this timeline."""
         self.donor: int | None = None
-        self.epoch_start_lsn = 0
-        self.truncate_lsn = 0
-        self.commit_lsn = 0
         self.history: TermHistory = ()
 
     # ---- events
@@ -233,18 +199,6 @@ class Proposer:
         ends.pop(index, None)
         return sorted(ends, key=lambda other: ends[other], reverse=True)
 
-    def append_request(self, begin_lsn: int, end_lsn: int) -> AppendRequest:
-        """Header for a piece of WAL, or for a heartbeat when both LSNs are equal."""
-        return AppendRequest(
-            self.term,
-            self.epoch_start_lsn,
-            begin_lsn,
-            end_lsn,
-            self.commit_lsn,
-            self.truncate_lsn,
-            self.identity.proposer_id,
-        )
-
     @property
     def feedback(self) -> ZenithFeedback:
         """Feedback of the pageserver that has received most."""
@@ -291,18 +245,14 @@ class Proposer:
         return self._win(votes) if len(votes) >= self.quorum else ()
 
     def _append_response(self, index: int, message: AppendResponse) -> Sequence[Action]:
-        if message.term > self.term:
-            return (Defeated(index, message.term),)
-        peer = self.peers[index]
-        if message.term < self.term or peer.state is not PeerState.STREAMING:
-            return ()
-        peer.feedback = message.feedback
-        if message.commit_lsn > peer.commit_lsn:
-            peer.commit_lsn = message.commit_lsn
-        if message.flush_lsn > peer.flush_lsn:
-            peer.flush_lsn = message.flush_lsn
-            self._advance()
-        return ()
+        taken = self.acknowledge(
+            self.peers[index],
+            message.term,
+            message.flush_lsn,
+            message.commit_lsn,
+            message.feedback,
+        )
+        return () if taken else (Defeated(index, message.term),)
 
     # ---- election
 
@@ -344,17 +294,6 @@ class Proposer:
         peer.state = PeerState.STREAMING
         peer.next_lsn = start
         return Send(index, ProposerElected(self.term, start, self.history)), Announced(index)
-
-    # ---- commit
-
-    def _advance(self) -> None:
-        """Recompute the commit LSN and the truncate horizon from what is durable where."""
-        flushed = sorted([peer.flush_lsn for peer in self.peers])
-        # WAL of older terms commits only together with reaching our own epoch (Raft's rule).
-        commit = flushed[len(flushed) - self.quorum]
-        if commit >= self.epoch_start_lsn and commit > self.commit_lsn:
-            self.commit_lsn = commit
-        self.truncate_lsn = max(self.truncate_lsn, min(flushed[0], self.commit_lsn))
 
     def _ask_for_vote(self, index: int) -> Send:
         self.peers[index].state = PeerState.VOTING

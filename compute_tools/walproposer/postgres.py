@@ -6,24 +6,22 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final, Protocol
 
+from compute_tools.walproposer._relay import Relay
 from compute_tools.walproposer.loop import EventLoop
 from compute_tools.walproposer.postgres_stream import (
     PostgresAddress,
-    XLogStream,
     connect_postgres,
     identify_system,
     server_version,
     start_stream,
-    status_update,
 )
 from zenith_utils.pq_client import PqConnectionLost, PqError
 
 logger = logging.getLogger(__name__)
 
-_BUFFER_SIZE: Final = 64 << 10  # a bigger one costs an mmap, and fewer packets fit the caches
 _START_TIMEOUT: Final = 60.0
 _RETRY: Final = 0.02
 # cannot_connect_now (starting up, shutting down), object_in_use (the slot's last user is going)
@@ -39,9 +37,6 @@ class StreamListener(Protocol):
     def on_streaming(self) -> None:
         """The stream has begun."""
 
-    def on_wal(self, begin_lsn: int, end_lsn: int, pieces: Sequence[memoryview]) -> None:
-        """WAL [begin_lsn, end_lsn) has arrived; the pieces are valid during the call only."""
-
     def on_postgres_gone(self, clean: bool) -> None:
         """Postgres has ended; clean if it had everything acknowledged before."""
 
@@ -53,19 +48,28 @@ class PostgresStream:
     """Connects, receives WAL, reports what is committed, reconnects."""
 
     def __init__(
-        self, loop: EventLoop, address: PostgresAddress, lsn: int, listener: StreamListener
+        self,
+        loop: EventLoop,
+        relay: Relay,
+        address: PostgresAddress,
+        lsn: int,
+        listener: StreamListener,
     ) -> None:
-        """Stream from `lsn`; connecting starts at once and is tried until Postgres is up."""
-        self.received_lsn = lsn
+        """Stream from `lsn` on to `relay`; connecting starts at once, until it works."""
+        self._start_lsn = lsn
         self._loop = loop
+        self._relay = relay
         self._address = address
         self._listener = listener
-        self._sock: socket.socket | None = None
-        self._stream = XLogStream(lsn)
-        self._buffer = memoryview(bytearray(_BUFFER_SIZE))
         self._was_up = False
         self._stopped = threading.Event()
         self._connect()
+
+    @property
+    def received_lsn(self) -> int:
+        """End of the WAL that has been received."""
+        stream = self._relay.stream
+        return self._start_lsn if stream is None else stream.lsn
 
     # ---- connecting
 
@@ -97,85 +101,27 @@ class PostgresStream:
             sock.close()
             return
         sock.setblocking(False)
-        self._sock = sock
-        self._stream = XLogStream(self.received_lsn)
-        self._loop.add(sock.fileno(), self._on_readable)
+        self._relay.attach(sock, self.received_lsn, self)
         if not self._was_up:
             self._was_up = True
             self._listener.on_identified(system_id, pg_version)
         self._listener.on_streaming()
-        if received:
-            self._take(memoryview(received))
+        self._relay.feed(received)
 
-    def _disconnect(self) -> None:
-        if self._sock is not None:
-            self._loop.remove(self._sock.fileno())
-            self._sock.close()
-            self._sock = None
+    # ---- the end
 
-    # ---- receiving
+    def on_stream_end(self) -> None:
+        """Postgres has sent everything and is going down."""
+        self.stop()
+        self._listener.on_postgres_gone(True)
 
-    def _on_readable(self, mask: int) -> None:
-        del mask
-        sock = self._sock
-        if sock is None:
-            return
-        try:
-            size = sock.recv_into(self._buffer)
-        except BlockingIOError:
-            return
-        except OSError as e:
-            self._lost(e.strerror or str(e))
-            return
-        if size == 0:
-            self._lost("connection closed")
-            return
-        self._take(self._buffer[:size])
-
-    def _take(self, data: memoryview) -> None:
-        stream = self._stream
-        pieces = stream.feed(data)
-        if pieces:
-            begin, self.received_lsn = self.received_lsn, stream.lsn
-            self._listener.on_wal(begin, stream.lsn, pieces)
-        if stream.ended:
-            self.stop()
-            self._listener.on_postgres_gone(True)
-        elif stream.error is not None:
-            self._lost(stream.error)
-
-    def _lost(self, reason: str) -> None:
+    def on_stream_lost(self, reason: str) -> None:
         """The stream broke: Postgres is gone, or only this walsender is."""
         logger.warning("replication stream from Postgres ends: %s", reason)
-        self._disconnect()
+        self._relay.detach()
         self._connect()
-
-    # ---- reporting
-
-    @property
-    def reply_requested(self) -> bool:
-        """Whether Postgres waits for a report."""
-        return self._stream.reply_requested
-
-    def report(self, lsn: int) -> bool:
-        """Report WAL below `lsn` as written, flushed and applied; whether it could be sent."""
-        if self._sock is None:
-            return False
-        try:
-            sent = self._sock.send(status_update(lsn))
-        except BlockingIOError:
-            return False
-        except OSError as e:
-            self._lost(e.strerror or str(e))
-            return False
-        if sent != 39:
-            # Half a message cannot be finished later without a buffer: start over instead.
-            self._lost("socket buffer is full")
-            return False
-        self._stream.reply_requested = False
-        return True
 
     def stop(self) -> None:
         """Disconnect for good."""
         self._stopped.set()
-        self._disconnect()
+        self._relay.detach()

@@ -1,29 +1,25 @@
 """The sessions with all safekeepers: connecting for ever, sending WAL, catching laggards up.
 
-A safekeeper that keeps pace gets WAL straight from Postgres' stream. One that does not (its socket
-is full, it was away) holds at most one unsent message here; what it lacks is read back from pg_wal
-or from another safekeeper, so nobody's slowness costs memory.
+A safekeeper that keeps pace gets WAL straight from Postgres' stream (_relay.pyx). One that does
+not (its socket is full, it was away) holds at most one unsent message here; what it lacks is read
+back from pg_wal or from another safekeeper, so nobody's slowness costs memory.
 """
 
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
+from compute_tools.walproposer._link import Link, LinkError
+from compute_tools.walproposer._quorum import Peer, PeerState
+from compute_tools.walproposer._relay import Member, Relay
 from compute_tools.walproposer.config import Config
-from compute_tools.walproposer.core import (
-    Action,
-    Announced,
-    Peer,
-    PeerState,
-    Phase,
-    Proposer,
-    Send,
-)
-from compute_tools.walproposer.link import Link, LinkError, copy_data_header, open_session
-from compute_tools.walproposer.loop import READABLE, WRITABLE, EventLoop
+from compute_tools.walproposer.core import Action, Announced, Phase, Proposer, Send
+from compute_tools.walproposer.link import copy_data_header, open_session
+from compute_tools.walproposer.loop import EventLoop
 from compute_tools.walproposer.wal_source import PgWalReader, RecoveryReader
 from zenith_utils.lsn import lsn_text
 from zenith_utils.pq_client import PqError
@@ -43,14 +39,13 @@ _RECOVERY_RETRY: Final = 0.2
 _COPY_DONE: Final = b"c\0\0\0\4"
 
 
-class Safekeeper:
+class Safekeeper(Member):
     """One safekeeper: its address, the session if there is one, and the reader helping it."""
 
     def __init__(self, index: int, address: tuple[str, int], peer: Peer) -> None:
+        super().__init__(peer)
         self.index = index
         self.address = address
-        self.peer = peer
-        self.link: Link | None = None
         self.connecting = False
         self.retry_at = 0.0
         self.retry_delay = _RETRY_FIRST
@@ -71,18 +66,22 @@ class SafekeeperPool:
         core: Proposer,
         loop: EventLoop,
         on_actions: Callable[[Iterable[Action]], None],
+        on_feedback: Callable[[], None],
     ) -> None:
-        """`on_actions` gets the core's actions other than Send and Announced."""
+        """`on_actions` gets the core's actions other than Send and Announced.
+
+        `on_feedback` is called when a pageserver's feedback has changed.
+        """
         self._config = config
         self._core = core
         self._loop = loop
         self._on_actions = on_actions
+        self.on_feedback = on_feedback
         self._pg_wal = PgWalReader(config.pgdata) if config.pgdata is not None else None
         self.members = [
             Safekeeper(i, address, core.peers[i]) for i, address in enumerate(config.safekeepers)
         ]
-        self.told_commit = 0
-        """Commit LSN in the last message that went to everybody who keeps pace."""
+        self.relay = Relay(loop, core, tuple(self.members), self)
 
     # ---- sessions
 
@@ -107,7 +106,7 @@ class SafekeeperPool:
             except (PqError, OSError) as e:
                 reason = str(e)
                 return lambda: self._connect_failed(member, reason)
-            return lambda: self._connected(member, Link(sock, received))
+            return lambda: self._connected(member, sock, received)
 
         self._loop.in_thread(f"connect-{member.index}", work)
 
@@ -118,22 +117,24 @@ class SafekeeperPool:
         member.retry_at = time.monotonic() + member.retry_delay
         member.retry_delay = min(2 * member.retry_delay, _RETRY_MOST)
 
-    def _connected(self, member: Safekeeper, link: Link) -> None:
+    def _connected(self, member: Safekeeper, sock: socket.socket, received: bytes) -> None:
+        link = Link(self._loop, sock, self._core, member.index, self)
         member.connecting = False
         member.link = link
         member.heard_at = time.monotonic()
         logger.info("connected to %s", member)
-        self._loop.add(link.fileno(), lambda mask: self._on_link(member, mask))
         self.perform(self._core.connected(member.index))
-        if member.link is link:
-            self._receive(member, link, link.parse)
+        try:
+            if received and not link.closed:
+                link.feed(received)
+        except (LinkError, MessageError) as e:
+            self.on_link_error(link, str(e))
 
     def _drop(self, member: Safekeeper, reason: str) -> None:
         link = member.link
         if link is None:
             return
         logger.warning("session with %s ends: %s", member, reason)
-        self._loop.remove(link.fileno())
         link.close()
         member.link = None
         self._stop_recovery(member)
@@ -147,41 +148,29 @@ class SafekeeperPool:
         """End sessions that answer no heartbeats: the peer or the network is stuck."""
         idle = (PeerState.GREETED, PeerState.VOTED)  # nothing was asked
         for member in self.members:
-            if member.peer.state in idle:
+            link = member.link
+            if member.peer.state in idle or (link is not None and link.heard):
                 member.heard_at = now
-            elif member.link is not None and now - member.heard_at > _SILENCE:
+                if link is not None:
+                    link.heard = False
+            elif link is not None and now - member.heard_at > _SILENCE:
                 self._drop(member, f"no answer for {_SILENCE:.0f} s")
 
     # ---- events
 
-    def _on_link(self, member: Safekeeper, mask: int) -> None:
-        link = member.link
-        if link is None:
-            return
-        if mask & WRITABLE:
-            try:
-                if link.send_pending():
-                    self._loop.modify(link.fileno(), READABLE)
-            except LinkError as e:
-                self._drop(member, str(e))
-                return
-        if mask & ~WRITABLE:
-            self._receive(member, link, link.receive)
-
-    def _receive(
-        self, member: Safekeeper, link: Link, read: Callable[[], list[memoryview]]
-    ) -> None:
-        try:
-            for payload in read():
-                actions = self._core.receive(member.index, parse_acceptor_message(payload))
-                if actions:
-                    self.perform(actions)
-        except (LinkError, MessageError) as e:
-            if member.link is link:
-                self._drop(member, str(e))
-            return
-        member.heard_at = time.monotonic()
+    def on_message(self, link: Link, payload: bytes) -> None:
+        """A safekeeper has sent something that is to be thought about. Raises MessageError."""
+        member = self._member(link)
         member.retry_delay = _RETRY_FIRST
+        self.perform(self._core.receive(member.index, parse_acceptor_message(payload)))
+
+    def on_link_error(self, link: Link, reason: str) -> None:
+        """A session has failed."""
+        if not link.closed:
+            self._drop(self._member(link), reason)
+
+    def _member(self, link: Link) -> Safekeeper:
+        return next(member for member in self.members if member.link is link)
 
     def perform(self, actions: Sequence[Action]) -> None:
         """Carry out actions of the core."""
@@ -202,47 +191,27 @@ class SafekeeperPool:
 
     # ---- sending
 
-    def broadcast(self, begin_lsn: int, end_lsn: int, pieces: Iterable[memoryview]) -> None:
-        """Send WAL that has just come from Postgres to everybody who has all before it."""
-        message = self._append_message(begin_lsn, end_lsn, pieces)
-        for member in self.members:
-            peer, link = member.peer, member.link
-            if (
-                peer.next_lsn == begin_lsn
-                and link is not None
-                and peer.state is PeerState.STREAMING
-                and not link.pending
-            ):
-                peer.next_lsn = end_lsn
-                self._send(member, message)
-        self.told_commit = self._core.commit_lsn
-
     def heartbeat(self) -> None:
         """Tell the commit LSN to everybody who is not busy with WAL, and have them answer."""
         for member in self.members:
             if member.peer.state is PeerState.STREAMING and member.link is not None:
                 self._heartbeat(member)
-        self.told_commit = self._core.commit_lsn
+        self.relay.told_commit = self._core.commit_lsn
 
     def _heartbeat(self, member: Safekeeper) -> None:
         if member.link is not None and not member.link.pending:
             lsn = member.peer.next_lsn
-            self._send(member, self._append_message(lsn, lsn, ()))
+            self._send(member, self._append_message(lsn, lsn))
 
-    def _append_message(
-        self, begin_lsn: int, end_lsn: int, pieces: Iterable[bytes | memoryview]
-    ) -> bytes:
+    def _append_message(self, begin_lsn: int, end_lsn: int, data: bytes = b"") -> bytes:
         header = copy_data_header(APPEND_HEADER_SIZE + end_lsn - begin_lsn)
-        request = self._core.append_request(begin_lsn, end_lsn)
-        return b"".join((header, request.encode_header(), *pieces))
+        return header + self._core.append_header(begin_lsn, end_lsn) + data
 
     def _send(self, member: Safekeeper, message: bytes) -> None:
-        link = member.link
-        if link is None:
+        if member.link is None:
             return
         try:
-            if not link.send(message):
-                self._loop.modify(link.fileno(), READABLE | WRITABLE)
+            member.link.send(message)
         except LinkError as e:
             self._drop(member, str(e))
 
@@ -284,7 +253,7 @@ class SafekeeperPool:
             piece = data[offset : offset + MAX_SEND_SIZE]
             begin = member.peer.next_lsn
             member.peer.next_lsn = begin + len(piece)
-            self._send(member, self._append_message(begin, begin + len(piece), (piece,)))
+            self._send(member, self._append_message(begin, begin + len(piece), piece))
         return True
 
     def _read_pg_wal(self, lsn: int, size: int) -> bytes | None:

@@ -1,7 +1,7 @@
 """The walproposer process: election, stream, acknowledgements, the end.
 
-One thread does it all; others only connect and read recovery streams. On the path of a commit there
-is one read from Postgres, one send per safekeeper, one read per answer and one report.
+One thread does it all; others only connect and read recovery streams. The path of a commit is
+native (_relay.pyx); what is here runs when something else happens, or in between.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import logging
 import random
 import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from enum import IntEnum
 from typing import Any, Final
 
+from compute_tools.walproposer._xlog_stream import StreamError
 from compute_tools.walproposer.config import Config
 from compute_tools.walproposer.control import ControlChannel, ControlError
 from compute_tools.walproposer.core import (
@@ -27,7 +28,7 @@ from compute_tools.walproposer.core import (
 )
 from compute_tools.walproposer.loop import EventLoop
 from compute_tools.walproposer.postgres import PostgresStream
-from compute_tools.walproposer.postgres_stream import PostgresAddress, StreamError
+from compute_tools.walproposer.postgres_stream import PostgresAddress
 from compute_tools.walproposer.safekeepers import SafekeeperPool
 from zenith_utils.lsn import Lsn, LsnParseError, lsn_text
 from zenith_utils.safekeeper_messages import NO_FEEDBACK
@@ -35,12 +36,12 @@ from zenith_utils.safekeeper_messages import NO_FEEDBACK
 logger = logging.getLogger(__name__)
 
 _TICK: Final = 1.0
-_ANNOUNCE_COMMIT: Final = 0.005
 _RETRY_POLL: Final = 0.05
 _DRAIN_POLL: Final = 0.02
 _DRAIN_QUIET: Final = 0.2
 _GOODBYE: Final = 2.0
 _RECOVERY_STUCK: Final = 5.0
+_NO_LIMIT: Final = (1 << 64) - 1
 _CAMPAIGN_PAUSE: Final = (0.02, 0.2)
 
 
@@ -69,10 +70,12 @@ class Walproposer:
             config.tenant_id, config.timeline_id, secrets.token_bytes(16), config.pg_version
         )
         self._core = Proposer(identity, len(config.safekeepers))
-        self._pool = SafekeeperPool(config, self._core, self._loop, self._on_actions)
+        self._pool = SafekeeperPool(
+            config, self._core, self._loop, self._on_actions, self._set_limit
+        )
+        self._relay = self._pool.relay
         self._postgres: PostgresStream | None = None
         self._told_elected = False
-        self._reported_lsn = 0
         self._write_lag = self._flush_lag = 0
         self._status: object = None
         self._campaign_at: float | None = None
@@ -89,7 +92,9 @@ class Walproposer:
         timeout = 0.0
         try:
             while True:
-                busy = self._loop.poll(timeout)
+                # Before the start and at the end every answer may be what is waited for.
+                steady = self._core.phase is Phase.LEADER and self._drain_deadline is None
+                busy = self._relay.run(timeout, once=not steady)
                 timeout = self._after_events(busy)
         except _Finished as e:
             return e.code
@@ -110,18 +115,16 @@ class Walproposer:
 
     def _after_events(self, busy: bool) -> float:
         """What follows from the events of a round; how long the next one may wait, in seconds."""
-        core, pool = self._core, self._pool
+        core, pool, relay = self._core, self._pool, self._relay
         now = time.monotonic()
         away = pool.connect_missing(now)
         if core.phase is not Phase.LEADER:
             self._elect(now)
-        postgres = self._postgres
-        if core.commit_lsn > self._reported_lsn or (postgres and postgres.reply_requested):
-            self._report()
+        relay.report()
         more = False
         if core.phase is not Phase.CAMPAIGN:
             more = pool.pump(self._end_lsn(), now)
-        if core.commit_lsn > pool.told_commit and (not busy or not self._told_elected):
+        if core.commit_lsn > relay.told_commit and (not busy or not self._told_elected):
             pool.heartbeat()
         if now >= self._next_tick:
             self._next_tick = now + _TICK
@@ -130,8 +133,6 @@ class Walproposer:
             self._drain(now, self._drain_deadline)
         if more:
             return 0.0
-        if core.commit_lsn > pool.told_commit:
-            return _ANNOUNCE_COMMIT
         if self._drain_deadline is not None:
             return _DRAIN_POLL
         if away or not self._told_elected or self._pump_waits():
@@ -153,9 +154,8 @@ class Walproposer:
         pool.drop_silent(now)
         if self._goodbye_deadline is None:
             pool.heartbeat()
-        if self._postgres is not None:
-            # Also tells the walsender that we live while it cannot send.
-            self._report(force=True)
+        # Also tells the walsender that we live while it cannot send.
+        self._relay.report(force=True)
         status = core.commit_lsn, core.feedback
         if self._told_elected and status != self._status:
             self._status = status
@@ -221,6 +221,7 @@ class Walproposer:
             elif name == "limits":
                 self._write_lag = int(command.get("max_write_lag", 0))
                 self._flush_lag = int(command.get("max_flush_lag", 0))
+                self._set_limit()
             else:
                 raise ControlError(f"unknown command {command!r}")
 
@@ -233,7 +234,9 @@ class Walproposer:
         except (KeyError, TypeError, ValueError, LsnParseError) as e:
             raise ControlError(f"malformed command {command!r}: {e}") from e
         self._pool.perform(self._core.start(start_lsn))
-        self._postgres = PostgresStream(self._loop, address, self._core.epoch_start_lsn, self)
+        self._postgres = PostgresStream(
+            self._loop, self._relay, address, self._core.epoch_start_lsn, self
+        )
 
     # ---- Postgres
 
@@ -243,12 +246,8 @@ class Walproposer:
 
     def on_streaming(self) -> None:
         """The stream has begun, or begun again."""
-        self._report(force=True)
+        self._relay.report(force=True)
         self._control.streaming()
-
-    def on_wal(self, begin_lsn: int, end_lsn: int, pieces: Sequence[memoryview]) -> None:
-        """WAL has arrived."""
-        self._pool.broadcast(begin_lsn, end_lsn, pieces)
 
     def on_postgres_gone(self, clean: bool) -> None:
         """Postgres has ended: push what it sent, then end, too."""
@@ -261,30 +260,15 @@ class Walproposer:
         """Postgres refuses to stream."""
         raise ProposerError(f"cannot stream WAL from Postgres: {reason}")
 
-    def _report(self, *, force: bool = False) -> None:
-        """Report the commit LSN to Postgres, which lets the commits up to it return."""
-        if self._postgres is None:
-            return
-        lsn = self._acknowledged_lsn()
-        asked = force or self._postgres.reply_requested
-        if (lsn > self._reported_lsn or asked) and self._postgres.report(
-            max(lsn, self._reported_lsn)
-        ):
-            self._reported_lsn = max(lsn, self._reported_lsn)
-
-    def _acknowledged_lsn(self) -> int:
-        """The commit LSN, held back while the pageserver is too far behind it."""
-        lsn = self._core.commit_lsn
-        if not (self._write_lag or self._flush_lag):
-            return lsn
-        feedback = self._core.feedback
-        if feedback == NO_FEEDBACK:
-            return lsn
-        if self._write_lag:
-            lsn = min(lsn, feedback.ps_writelsn + self._write_lag)
-        if self._flush_lag:
-            lsn = min(lsn, feedback.ps_flushlsn + self._flush_lag)
-        return lsn
+    def _set_limit(self) -> None:
+        """Hold acknowledgements back while the pageserver is too far behind."""
+        limit, feedback = _NO_LIMIT, self._core.feedback
+        if feedback != NO_FEEDBACK:
+            if self._write_lag:
+                limit = min(limit, feedback.ps_writelsn + self._write_lag)
+            if self._flush_lag:
+                limit = min(limit, feedback.ps_flushlsn + self._flush_lag)
+        self._relay.limit_lsn = limit
 
     # ---- the end
 

@@ -13,13 +13,13 @@ import random
 from collections import deque
 from dataclasses import dataclass, field
 
+from compute_tools.walproposer._quorum import PeerState
 from compute_tools.walproposer.core import Action as ProposerAction
 from compute_tools.walproposer.core import (
     Announced,
     CampaignFailed,
     Defeated,
     Identity,
-    PeerState,
     Phase,
     Proposer,
     Send,
@@ -42,6 +42,7 @@ from zenith_utils.safekeeper_messages import (
     ProposerGreeting,
     ProposerMessage,
     VoteRequest,
+    parse_append_request,
 )
 
 TENANT = TenantId(bytes(16))
@@ -216,12 +217,17 @@ class ProposerNode:
             assert isinstance(action, Defeated)
             self.alive = False
 
+    def append_request(self, begin_lsn: int, end_lsn: int) -> AppendRequest:
+        """What arrives of the message with the WAL of a range."""
+        wal = bytes(end_lsn - begin_lsn)
+        return parse_append_request(self.core.append_header(begin_lsn, end_lsn) + wal)
+
     def heartbeat(self, index: int) -> None:
         """Send an empty AppendRequest."""
         connection = self.connections[index]
         peer = self.core.peers[index]
         if connection is not None and peer.state is PeerState.STREAMING:
-            request = self.core.append_request(peer.next_lsn, peer.next_lsn)
+            request = self.append_request(peer.next_lsn, peer.next_lsn)
             connection.to_acceptor.append((request, []))
 
     def send_wal(self, index: int) -> None:
@@ -237,7 +243,7 @@ class ProposerNode:
             units = self.wal[begin : begin + self.simulation.rng.randint(1, 5)]
         if units:
             peer.next_lsn = lsn + len(units) * UNIT
-            request = self.core.append_request(lsn, peer.next_lsn)
+            request = self.append_request(lsn, peer.next_lsn)
             connection.to_acceptor.append((request, units))
 
     def _recover(self, index: int, lsn: int) -> list[Unit]:

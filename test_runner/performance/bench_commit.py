@@ -109,9 +109,17 @@ def stock(directory: Path, receivers: int) -> Iterator[tuple[Postgres, dict[str,
 
 
 def cpu_seconds(pid: int) -> float:
-    """CPU time of a process so far, user and system."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """CPU time of a process and of its children so far, user and system."""
+    stats = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            stats[int(path.parent.name)] = path.read_text().rsplit(")", 1)[1].split()
+    # Field 2 is the parent; 12 to 15 are the process' own times and those of ended children.
+    ticks = sum(int(field) for field in stats[pid][11:15])
+    for fields in stats.values():
+        if int(fields[1]) == pid:
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def measure(
@@ -119,15 +127,21 @@ def measure(
 ) -> dict[str, float]:
     """TPS per number of clients; CPU in microseconds per transaction with --profile."""
     initialize(postgres, arguments.scale)
+    assert postgres.process is not None
+    pids = {**pids, "postgres": postgres.process.pid}
     result = {}
     for clients in arguments.clients:
         before = {name: cpu_seconds(pid) for name, pid in pids.items()}
         tps = pgbench(postgres, clients, arguments.seconds, arguments.script)
         result[f"c={clients}"] = tps
         if arguments.profile:
-            for name, pid in pids.items():
-                used = (cpu_seconds(pid) - before[name]) / (tps * arguments.seconds)
-                print(f"    c={clients} {name}: {used * 1e6:.0f} us CPU per transaction")
+            used = {
+                name: 1e6 * (cpu_seconds(pid) - before[name]) / (tps * arguments.seconds)
+                for name, pid in pids.items()
+            }
+            used["in all"] = sum(used.values())
+            parts = ", ".join(f"{name} {micros:.0f}" for name, micros in used.items())
+            print(f"    c={clients}: us CPU per transaction: {parts}")
     return result
 
 
