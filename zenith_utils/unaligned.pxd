@@ -37,6 +37,14 @@ cdef inline void put64(uint8_t *p, uint64_t v) noexcept nogil:
     memcpy(p, &v, 8)
 
 
+cdef inline uint32_t get32_big(const uint8_t *p) noexcept nogil:
+    return __builtin_bswap32(get32(p))
+
+
+cdef inline void put32_big(uint8_t *p, uint32_t v) noexcept nogil:
+    put32(p, __builtin_bswap32(v))
+
+
 cdef inline uint64_t get64_big(const uint8_t *p) noexcept nogil:
     return __builtin_bswap64(get64(p))
 
@@ -47,11 +55,11 @@ cdef inline void put64_big(uint8_t *p, uint64_t v) noexcept nogil:
 
 cdef inline uint64_t get_big(const uint8_t *p, int width) noexcept nogil:
     """A big-endian number of 4 or 8 bytes."""
-    return get64_big(p) if width == 8 else __builtin_bswap32(get32(p))
+    return get64_big(p) if width == 8 else get32_big(p)
 
 
 cdef inline void put_big(uint8_t *p, uint64_t v, int width) noexcept nogil:
     if width == 8:
         put64_big(p, v)
     else:
-        put32(p, __builtin_bswap32(<uint32_t> v))
+        put32_big(p, <uint32_t> v)
