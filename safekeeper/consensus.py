@@ -18,8 +18,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final
 
+from postgres_ffi.wal_format import WAL_SEGMENT_SIZE
+from safekeeper.append_state import AppendState
 from zenith_utils.ids import TenantId, TimelineId
 from zenith_utils.lsn import lsn_text
 from zenith_utils.safekeeper_messages import (
@@ -40,9 +41,6 @@ from zenith_utils.safekeeper_messages import (
     last_term,
 )
 from zenith_utils.zenith_feedback import ZenithFeedback
-
-WAL_SEGMENT_SIZE: Final = 16 << 20
-"""The only segment size accepted."""
 
 
 class ConsensusError(Exception):
@@ -124,26 +122,44 @@ class Acceptor:
 
     def __init__(self, state: ControlState, flush_lsn: int) -> None:
         """Resume from the durable state and the end of the last complete durable WAL record."""
-        self.state = state
-        self.flush_lsn = flush_lsn
-        self.commit_lsn = min(state.commit_lsn, flush_lsn)
+        self.log = AppendState(
+            flush_lsn,
+            term=state.term,
+            commit_lsn=state.commit_lsn,
+            horizon_lsn=state.peer_horizon_lsn,
+        )
+        """Where the log stands; what goes in here without us counts like append() and flushed()."""
+        self._state = state
+
+    @property
+    def state(self) -> ControlState:
+        """What is persisted, or will be by the actions returned."""
+        return self._state
+
+    @state.setter
+    def state(self, state: ControlState) -> None:
+        self._state = state
+        self.log.saved(state.term, state.commit_lsn, state.peer_horizon_lsn)
+
+    @property
+    def flush_lsn(self) -> int:
+        """End of the last complete durable record."""
+        return self.log.flush_lsn
+
+    @property
+    def commit_lsn(self) -> int:
         """Live commit LSN: never above flush_lsn, never going back."""
-        self.peer_horizon_lsn = state.peer_horizon_lsn
-        self._next_lsn = flush_lsn
-        self._streaming: Session | None = None
-        self._requested_commit = 0
-        self._epoch_start_lsn = 0
-        self._first_lsn = 0
+        return self.log.commit_lsn
+
+    @property
+    def next_lsn(self) -> int:
+        """Where the next written byte goes; behind flush_lsn lies what is not durable yet."""
+        return self.log.next_lsn
 
     @property
     def epoch(self) -> int:
         """Term in which the end of the local log was written."""
         return last_term(self.state.term_history, self.flush_lsn)
-
-    @property
-    def next_lsn(self) -> int:
-        """Where the next written byte goes; behind flush_lsn lies what is not durable yet."""
-        return self._next_lsn
 
     def greet(self, session: Session, message: ProposerGreeting) -> Sequence[Action]:
         """Check whom we talk to and learn about its Postgres. May be repeated in a session."""
@@ -190,7 +206,6 @@ class Acceptor:
         given = self.state.term < message.term
         if given:
             self.state = replace(self.state, term=message.term)
-            self._streaming = None
             actions.append(Persist(self.state))
         state = self.state
         history = history_up_to(state.term_history, self.flush_lsn)
@@ -218,10 +233,9 @@ class Acceptor:
                 f"refusing to truncate WAL to {lsn_text(start)} "
                 f"below commit LSN {lsn_text(self.commit_lsn)}"
             )
-        if self.flush_lsn and start > self._next_lsn:
+        if self.flush_lsn and start > self.next_lsn:
             raise ConsensusError(
-                f"cannot stream from {lsn_text(start)}: local WAL ends at "
-                f"{lsn_text(self._next_lsn)}"
+                f"cannot stream from {lsn_text(start)}: local WAL ends at {lsn_text(self.next_lsn)}"
             )
         if not message.term_history or message.term_history[-1].term != message.term:
             raise ConsensusError(f"term history of the leader lacks its own term {message.term}")
@@ -234,11 +248,7 @@ class Acceptor:
         if message.term_history != self.state.term_history:
             self.state = replace(self.state, term_history=message.term_history)
             actions.append(Persist(self.state))
-        self.flush_lsn = min(self.flush_lsn, start)
-        self._next_lsn = start
-        self._first_lsn = 0
-        self._streaming = session
-        self._requested_commit = 0
+        self.log.begin_stream(session, start)
         return actions
 
     def append(self, session: Session, request: AppendRequest) -> Reply | None:
@@ -247,6 +257,8 @@ class Acceptor:
         None means accepted: write its bytes at begin_lsn, later flush and call flushed(). A Reply
         is a refusal by a higher term: send it and write nothing. ConsensusError ends the session.
         """
+        if self.log.append(session, *request[:6]):
+            return None
         if not session.announced:
             raise ConsensusError("got AppendRequest before ProposerElected")
         term = self.state.term
@@ -256,20 +268,9 @@ class Acceptor:
             raise ConsensusError(
                 f"got AppendRequest of term {request.term} without an election, own term is {term}"
             )
-        if session is not self._streaming:
+        if not self.log.is_streaming(session):
             raise ConsensusError("another connection streams WAL to this timeline now")
-        if request.begin_lsn != request.end_lsn:
-            if request.begin_lsn != self._next_lsn:
-                raise self._misplaced(request.begin_lsn)
-            self._next_lsn = request.end_lsn
-            if not self.state.commit_lsn and not self._first_lsn:
-                self._first_lsn = request.begin_lsn
-        if request.commit_lsn:
-            self._requested_commit = request.commit_lsn
-        self._epoch_start_lsn = request.epoch_start_lsn
-        if request.truncate_lsn > self.peer_horizon_lsn:
-            self.peer_horizon_lsn = request.truncate_lsn
-        return None
+        raise self._misplaced(request.begin_lsn)
 
     def flushed(
         self,
@@ -281,57 +282,39 @@ class Acceptor:
 
         `flush_lsn` ends a complete record, or is where WAL begins while there is none.
         """
-        self.flush_lsn = flush_lsn
-        commit = min(self._requested_commit, flush_lsn)
-        if commit > self.commit_lsn:
-            self.commit_lsn = commit
-        if not self._must_persist():
-            return (self._append_reply(hs_feedback, feedback),)
-        self._save_progress()
-        return Persist(self.state), self._append_reply(hs_feedback, feedback)
+        actions = self.save_progress() if self.log.flushed(flush_lsn) else ()
+        state = self.state
+        return *actions, Reply(
+            AppendResponse(state.term, self.flush_lsn, state.commit_lsn, hs_feedback, feedback)
+        )
 
     def progress(self) -> Sequence[Action]:
         """Persist the live commit LSN and horizon, which otherwise lag; for quiet moments."""
         state = self.state
-        if not state.commit_lsn or (self.commit_lsn, self.peer_horizon_lsn) == (
+        if not state.commit_lsn or (self.commit_lsn, self.log.peer_horizon_lsn) == (
             state.commit_lsn,
             state.peer_horizon_lsn,
         ):
             return ()
-        self._save_progress()
-        return (Persist(self.state),)
+        return self.save_progress()
 
-    def _append_reply(self, hs: HotStandbyFeedback, feedback: ZenithFeedback) -> Reply:
-        state = self.state
-        return Reply(AppendResponse(state.term, self.flush_lsn, state.commit_lsn, hs, feedback))
-
-    def _must_persist(self) -> bool:
-        saved = self.state.commit_lsn
-        if not saved:
-            return self._first_lsn != 0
-        commit = self.commit_lsn
-        return (
-            saved < self._epoch_start_lsn <= commit
-            or commit - saved > WAL_SEGMENT_SIZE
-            or self.peer_horizon_lsn - self.state.peer_horizon_lsn > WAL_SEGMENT_SIZE
-        )
-
-    def _save_progress(self) -> None:
-        # The hole before the first WAL cannot be scanned after a restart: start behind it.
-        self.commit_lsn = max(self.commit_lsn, self._first_lsn)
-        self._first_lsn = 0
+    def save_progress(self) -> Sequence[Persist]:
+        """Persist the live commit LSN and horizon."""
         self.state = replace(
-            self.state, commit_lsn=self.commit_lsn, peer_horizon_lsn=self.peer_horizon_lsn
+            self.state,
+            commit_lsn=self.log.progress(),
+            peer_horizon_lsn=self.log.peer_horizon_lsn,
         )
+        return (Persist(self.state),)
 
     def _misplaced(self, begin_lsn: int) -> ConsensusError:
         what = (
             "write_wal rewrites WAL written before"
-            if begin_lsn < self._next_lsn
+            if begin_lsn < self.next_lsn
             else "write_wal creates gap in written WAL"
         )
         return ConsensusError(
-            f"{what}: begins at {lsn_text(begin_lsn)}, WAL ends at {lsn_text(self._next_lsn)}"
+            f"{what}: begins at {lsn_text(begin_lsn)}, WAL ends at {lsn_text(self.next_lsn)}"
         )
 
 

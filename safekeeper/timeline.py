@@ -13,12 +13,15 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import Executor
 from pathlib import Path
+from typing import NoReturn
 
+from postgres_ffi.wal_decoder import WalDecodeError
 from safekeeper import control_file, delivery
 from safekeeper.consensus import Acceptor, Action, Persist, Reply, Session, TruncateWal
 from safekeeper.delivery import Delivery, DeliveryFileError
 from safekeeper.metrics import TimelineMetrics
-from safekeeper.wal_storage import FlushError, WalStorage, wal_magic
+from safekeeper.wal_end import WalEnd
+from safekeeper.wal_storage import FlushError, InvalidWalError, WalStorage, wal_magic
 from zenith_utils.ids import TenantTimelineId
 from zenith_utils.lsn import lsn_text
 from zenith_utils.safekeeper_messages import (
@@ -31,6 +34,7 @@ from zenith_utils.safekeeper_messages import (
     ProposerElected,
     ProposerGreeting,
     VoteRequest,
+    encode_feedbacks,
     parse_append_request,
 )
 from zenith_utils.zenith_feedback import ZenithFeedback
@@ -76,13 +80,14 @@ class Timeline:
         self._advanced = threading.Condition()
         self._waiting = 0
         self._computes = 0
-        self._batch_bytes = 0
-        self._batch_started = 0.0
         self._feedback = NO_FEEDBACK
         self._delivery_lock = threading.Lock()
         self._delivery = self._saved_delivery = self._load_delivery()
         self._hs_feedbacks: dict[object, HotStandbyFeedback] = {}
         self._hs_feedback = NO_HOT_STANDBY_FEEDBACK
+        self.reply_tail = b""
+        """What every AppendResponse ends with: feedback of standbys and pageserver."""
+        self._feedback_changed()
         self._update_metrics()
         logger.info(
             "loaded timeline %s: term %d, flush LSN %s, commit LSN %s",
@@ -98,6 +103,11 @@ class Timeline:
     def commit_lsn(self) -> int:
         """WAL below is committed and here; never goes back."""
         return self.acceptor.commit_lsn
+
+    @property
+    def wal_end(self) -> WalEnd:
+        """Where WAL that the acceptor's log has accepted is written and flushed, under `lock`."""
+        return self._storage.end
 
     # ---- messages of a proposer
 
@@ -121,39 +131,54 @@ class Timeline:
     def append(self, session: Session, data: memoryview) -> AcceptorMessage | None:
         """Write an AppendRequest without flushing; caller holds `lock`.
 
-        An answer means it was refused. After the last request of a batch call flush_appended().
-        Raises MessageError and ConsensusError (the session ends), WalStorageError, OSError.
+        An answer means it was refused. Raises MessageError and ConsensusError (the session ends),
+        WalStorageError, OSError. PushStream does the same without us where it is simple, so after
+        the last request of a batch it flushes, and calls appended().
         """
         request = parse_append_request(data)
         refusal = self.acceptor.append(session, request)
         if refusal is not None:
             return refusal.message
         if request.begin_lsn != request.end_lsn:
-            if not self._batch_bytes:
-                self._batch_started = time.perf_counter()
             try:
                 self._storage.write(request.begin_lsn, data[APPEND_HEADER_SIZE:])
             except BaseException as e:
                 self._fail(e)
                 raise
-            self._batch_bytes += request.end_lsn - request.begin_lsn
         return None
 
-    def flush_appended(self) -> list[AcceptorMessage]:
-        """Make appended WAL durable and answer for it; caller holds `lock`."""
+    def write_across(self, data: memoryview) -> None:
+        """Write accepted and checked WAL that spans segments; caller holds `lock`.
+
+        Raises WalStorageError, OSError.
+        """
         try:
-            if self._batch_bytes:
-                written = time.perf_counter()
-                self.metrics.observe_write(self._batch_bytes, written - self._batch_started)
-                self._batch_bytes = 0
-                self._storage.flush()
-                self.metrics.observe_flush(time.perf_counter() - written)
+            self._storage.write_across(data)
         except BaseException as e:
             self._fail(e)
             raise
-        return self._carry_out(
-            self.acceptor.flushed(self._storage.flush_lsn, self._hs_feedback, self._feedback)
-        )
+
+    def append_failed(self, error: Exception, *, flushing: bool) -> NoReturn:
+        """WAL could not be written, or flushed, at `wal_end`; caller holds `lock`."""
+        if flushing and isinstance(error, OSError):
+            error = self._storage.flush_failed(error)
+        elif isinstance(error, WalDecodeError):
+            error = InvalidWalError(f"invalid WAL from the proposer: {error}")
+        self._fail(error)
+        raise error
+
+    def appended(self, size: int, writing: float, flushing: float, must_persist: bool) -> None:
+        """A batch of `size` bytes of WAL is durable, after so many seconds; caller holds `lock`.
+
+        With `must_persist` the commit LSN is durable, too, on return.
+        """
+        if size:
+            self.metrics.observe_write(size, writing)
+            self.metrics.observe_flush(flushing)
+        if must_persist:
+            self._carry_out(self.acceptor.save_progress())
+        else:
+            self._update_metrics()
 
     def save_progress(self) -> None:
         """Persist the commit LSN if it has moved since it was persisted last."""
@@ -256,6 +281,7 @@ class Timeline:
         with self._advanced:
             if feedback.ps_writelsn >= self._feedback.ps_writelsn:
                 self._feedback = feedback
+                self._feedback_changed()
 
     def record_hs_feedback(self, reader: object, feedback: HotStandbyFeedback | None) -> None:
         """Take a standby's report; None when it is gone."""
@@ -270,6 +296,10 @@ class Timeline:
                 min((r.xmin for r in reports), default=NO_XMIN),
                 min((r.catalog_xmin for r in reports), default=NO_XMIN),
             )
+            self._feedback_changed()
+
+    def _feedback_changed(self) -> None:
+        self.reply_tail = encode_feedbacks(self._hs_feedback, self._feedback)
 
     # ---- the pageserver that ingests the WAL
 

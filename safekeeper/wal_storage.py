@@ -15,6 +15,7 @@ from postgres_ffi.versions import VERSIONS
 from postgres_ffi.wal_decoder import WalDecodeError, WalDecoder
 from postgres_ffi.wal_format import WAL_SEGMENT_SIZE
 from safekeeper.find_end_of_wal import find_end_of_wal
+from safekeeper.wal_end import WalEnd
 from safekeeper.wal_files import (
     WalStorageError,
     create_segment,
@@ -54,18 +55,17 @@ class WalStorage:
     def __init__(self, directory: Path, *, sync: bool, helper: Executor) -> None:
         """`helper` creates segments ahead of their use; without `sync` nothing is fsynced."""
         self.directory = directory
-        self.flush_lsn = 0
-        """End of the last complete durable record, or where WAL begins; 0 if there is none."""
+        self.end = WalEnd(sync=sync)
+        """Where to write and flush. Both may be done there directly, within a segment."""
         self._sync = sync
         self._helper = helper
-        self._write_lsn = 0
-        self._record_end = 0
-        self._decoder: WalDecoder | None = None
         self._magic = wal_magic(0)
-        self._segno = -1
-        self._fd = -1
-        self._dirty = False
         self._next: tuple[int, Future[Path]] | None = None
+
+    @property
+    def flush_lsn(self) -> int:
+        """End of the last complete durable record, or where WAL begins; 0 if there is none."""
+        return self.end.flush_lsn
 
     def open(self, commit_lsn: int, magic: int) -> None:
         """Find the end of WAL left by an earlier run and clean up behind it.
@@ -80,85 +80,78 @@ class WalStorage:
             return
         end = find_end_of_wal(self.directory, commit_lsn, magic)
         self._sync_range(commit_lsn, end)
-        self.flush_lsn = end
+        self.end.flush_lsn = end
         # What was received behind the last record's end was never answered for.
         self._cut(end, (end // WAL_SEGMENT_SIZE + 1) * WAL_SEGMENT_SIZE)
 
     def truncate(self, lsn: int, magic: int) -> None:
         """Durably drop everything at and behind `lsn`, a record boundary; writing goes on there."""
         self._magic = magic
-        if self.flush_lsn and lsn > self._write_lsn:
+        end = self.end
+        if self.flush_lsn and lsn > end.write_lsn:
             raise WalStorageError(
-                f"cannot truncate WAL to {lsn_text(lsn)}: it ends at {lsn_text(self._write_lsn)}"
+                f"cannot truncate WAL to {lsn_text(lsn)}: it ends at {lsn_text(end.write_lsn)}"
             )
         self.flush()
-        self.flush_lsn = min(self.flush_lsn, lsn)
-        if self._write_lsn != lsn:
-            self._cut(lsn, self._write_lsn)
+        end.flush_lsn = min(end.flush_lsn, lsn)
+        if end.write_lsn != lsn:
+            self._cut(lsn, end.write_lsn)
         else:
-            self._decoder = self._new_decoder(lsn)
+            end.restart(lsn, self._new_decoder(lsn))
 
     def write(self, lsn: int, data: memoryview) -> None:
         """Append `data` at `lsn`, which must be the written end (truncate() chose the first).
 
         Nothing is durable before flush(). Raises InvalidWalError (nothing written), OSError.
         """
-        decoder = self._decoder
-        if decoder is None or lsn != self._write_lsn:
+        end = self.end
+        if not end.started or lsn != end.write_lsn:
             raise WalStorageError(
-                f"write at {lsn_text(lsn)}, WAL ends at {lsn_text(self._write_lsn)}"
+                f"write at {lsn_text(lsn)}, WAL ends at {lsn_text(end.write_lsn)}"
             )
         try:
-            decoder.scan(data)
+            if not end.write(data):
+                self.write_across(data)
         except WalDecodeError as e:
             raise InvalidWalError(f"invalid WAL from the proposer: {e}") from e
-        size = len(data)
-        segno, offset = divmod(lsn, WAL_SEGMENT_SIZE)
-        if segno == self._segno and offset + size <= WAL_SEGMENT_SIZE:
-            self._dirty = True
-            pwrite_all(self._fd, data, offset)
-        else:
-            self._write_across(lsn, data)
-        self._write_lsn = lsn + size
-        # A record ends with its padding, which may still be missing: it does not count then.
-        end = decoder.position
-        self._record_end = end if end <= lsn + size else decoder.last_record_start
+
+    def write_across(self, data: memoryview) -> None:
+        """Write what `end` has checked but could not write, with changes of segments."""
+        end = self.end
+        while data:
+            segno, offset = divmod(end.write_lsn, WAL_SEGMENT_SIZE)
+            if segno != end.segno:
+                self._switch_to(segno)
+            piece = data[: WAL_SEGMENT_SIZE - offset]
+            end.write_piece(piece)
+            data = data[len(piece) :]
 
     def flush(self) -> int:
         """Make everything written durable; the flush LSN. Raises FlushError."""
-        if self._dirty:
-            self._flush_file()
-            self.flush_lsn = self._record_end
+        try:
+            self.end.flush()
+        except OSError as e:
+            raise self.flush_failed(e) from e
         return self.flush_lsn
+
+    def flush_failed(self, error: OSError) -> FlushError:
+        """What to raise when `end` could not be flushed."""
+        path = segment_path(self.directory, self.end.segno, partial=True)
+        return FlushError(f"cannot make WAL in {path} durable: {error.strerror}")
 
     def close(self) -> None:
         """Release the files; unflushed bytes are given up."""
         self._wait_for_next()
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._fd = self._segno = -1
+        self._close_segment()
 
     # ---- segments
 
-    def _write_across(self, lsn: int, data: memoryview) -> None:
-        while data:
-            segno, offset = divmod(lsn, WAL_SEGMENT_SIZE)
-            if segno != self._segno:
-                self._switch_to(segno)
-            piece = data[: WAL_SEGMENT_SIZE - offset]
-            self._dirty = True
-            pwrite_all(self._fd, piece, offset)
-            lsn += len(piece)
-            data = data[len(piece) :]
-
     def _switch_to(self, segno: int) -> None:
         """Complete the current segment, make `segno` current and have the one behind it made."""
-        if self._fd >= 0:
-            dirty = self._dirty
-            self._flush_file()
-            self._dirty = dirty  # flush() must still publish the new flush LSN
-            os.close(self._fd)
-            old, self._fd, self._segno = self._segno, -1, -1
+        old = self.end.segno
+        if old >= 0:
+            self.flush()
+            self._close_segment()
             if segno == old + 1:
                 # Not fsynced: after a crash either name will do.
                 segment_path(self.directory, old, partial=True).rename(
@@ -171,7 +164,7 @@ class WalStorage:
             fd = open_segment(self.directory, segno, os.O_RDWR)
             created = segno
         assert fd is not None
-        self._fd, self._segno = fd, segno
+        self.end.use_segment(fd, segno)
         if created <= segno:
             future = self._helper.submit(create_segment, self.directory, segno + 1, sync=self._sync)
             self._next = (segno + 1, future)
@@ -185,14 +178,11 @@ class WalStorage:
         # A failure (disk full) is met again, and reported, when the segment is needed.
         return segno if future.exception() is None else -1
 
-    def _flush_file(self) -> None:
-        if self._dirty and self._sync:
-            try:
-                os.fdatasync(self._fd)
-            except OSError as e:
-                path = segment_path(self.directory, self._segno, partial=True)
-                raise FlushError(f"cannot make WAL in {path} durable: {e.strerror}") from e
-        self._dirty = False
+    def _close_segment(self) -> None:
+        fd = self.end.fd
+        if fd >= 0:
+            self.end.use_segment(-1, -1)
+            os.close(fd)
 
     # ---- truncation
 
@@ -203,10 +193,8 @@ class WalStorage:
         """
         self._wait_for_next()
         segno, offset = divmod(lsn, WAL_SEGMENT_SIZE)
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = self._segno = -1
-        self._dirty = False
+        self._close_segment()
+        self.end.dirty = False
         if not self.flush_lsn:
             self._remove_segments(0)
         else:
@@ -214,8 +202,7 @@ class WalStorage:
             if offset:
                 segment_end = min(dirty_end - segno * WAL_SEGMENT_SIZE, WAL_SEGMENT_SIZE)
                 self._clear_tail(segno, offset, segment_end)
-        self._write_lsn = lsn
-        self._decoder = self._new_decoder(lsn)
+        self.end.restart(lsn, self._new_decoder(lsn))
 
     def _new_decoder(self, lsn: int) -> WalDecoder:
         try:

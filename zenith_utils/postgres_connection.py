@@ -211,7 +211,7 @@ class Connection:
                 kind, payload = self.reader.read_message()
                 if kind == COPY_DATA:
                     return payload
-                if self._copy_ended(kind, payload):
+                if self.copy_ended(kind, payload):
                     return None
         except ConnectionClosed:
             pass
@@ -231,13 +231,13 @@ class Connection:
             kind, payload = message
             if kind == COPY_DATA:
                 return payload
-            if self._copy_ended(kind, payload):
+            if self.copy_ended(kind, payload):
                 if kind == _TERMINATE:
                     raise ConnectionClosed("terminated by the client")
                 raise CopyFinished
         raise ConnectionClosed("the server stops")
 
-    def _copy_ended(self, kind: int, payload: memoryview) -> bool:
+    def copy_ended(self, kind: int, payload: memoryview) -> bool:
         """Whether a message other than CopyData ends the copy."""
         if kind in (COPY_DONE, _TERMINATE):
             return True

@@ -40,7 +40,8 @@ _ELECTED = struct.Struct("<QQQI")
 _APPEND_REQUEST = struct.Struct("<QQQQQQQ16s")
 _ACCEPTOR_GREETING = struct.Struct("<QQ")
 _VOTE_RESPONSE = struct.Struct("<QQQQQI")
-_APPEND_RESPONSE = struct.Struct("<QQQQqQQ")
+_APPEND_RESPONSE = struct.Struct("<QQQQ")
+_HS_FEEDBACK = struct.Struct("<qQQ")
 _TERM_LSN = struct.Struct("<QQ")
 
 APPEND_HEADER_SIZE: Final = _APPEND_REQUEST.size
@@ -207,10 +208,13 @@ class AppendResponse(NamedTuple):
 
     def encode(self) -> bytes:
         """The 56 bytes of the message and the feedback behind them."""
-        head = _APPEND_RESPONSE.pack(
-            TAG_APPEND, self.term, self.flush_lsn, self.commit_lsn, *self.hs_feedback
-        )
-        return head + _encode_feedback(self.feedback)
+        head = _APPEND_RESPONSE.pack(TAG_APPEND, self.term, self.flush_lsn, self.commit_lsn)
+        return head + encode_feedbacks(self.hs_feedback, self.feedback)
+
+
+def encode_feedbacks(hs_feedback: HotStandbyFeedback, feedback: ZenithFeedback) -> bytes:
+    """The second part of an AppendResponse, behind the LSNs."""
+    return _HS_FEEDBACK.pack(*hs_feedback) + feedback.encode()
 
 
 ProposerMessage = ProposerGreeting | VoteRequest | ProposerElected | AppendRequest
@@ -259,9 +263,10 @@ def parse_acceptor_message(data: Buffer) -> AcceptorMessage:
     tag = message_tag(view)
     try:
         if tag == TAG_APPEND:
-            _, term, flush, commit, ts, xmin, catalog_xmin = _APPEND_RESPONSE.unpack_from(view)
-            hs = HotStandbyFeedback(ts, xmin, catalog_xmin)
-            feedback = _parse_feedback(bytes(view[_APPEND_RESPONSE.size :]))
+            _, term, flush, commit = _APPEND_RESPONSE.unpack_from(view)
+            hs = HotStandbyFeedback._make(_HS_FEEDBACK.unpack_from(view, _APPEND_RESPONSE.size))
+            feedback_at = _APPEND_RESPONSE.size + _HS_FEEDBACK.size
+            feedback = _parse_feedback(bytes(view[feedback_at:]))
             return AppendResponse(term, flush, commit, hs, feedback)
         if tag == TAG_VOTE:
             _, term, given, flush, truncate, count = _VOTE_RESPONSE.unpack_from(view)
@@ -337,11 +342,6 @@ def _flag(value: int) -> bool:
 def _expect_size(view: memoryview, size: int, name: str) -> None:
     if len(view) != size:
         raise MessageError(f"{name} has {len(view)} bytes, not {size}")
-
-
-@lru_cache(maxsize=64)
-def _encode_feedback(feedback: ZenithFeedback) -> bytes:
-    return feedback.encode()
 
 
 @lru_cache(maxsize=64)

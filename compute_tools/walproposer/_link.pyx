@@ -12,7 +12,7 @@ from cpython.bytes cimport PyBytes_AS_STRING
 
 from compute_tools.walproposer._quorum cimport Peer, Quorum
 from compute_tools.walproposer.loop cimport ALL, MOST, EventHandler, EventLoop
-from zenith_utils.unaligned cimport get64, get_big
+from zenith_utils.unaligned cimport get64, get32_big
 
 import os
 
@@ -199,7 +199,7 @@ cdef class Link(EventHandler):
         cdef Py_ssize_t payload, size
         while not self.closed and self._end - self._begin >= 5:
             kind = self._buffer[self._begin]
-            length = get_big(self._buffer + self._begin + 1, 4)
+            length = get32_big(self._buffer + self._begin + 1)
             if length < 4 or length > MAX_MESSAGE:
                 raise LinkError(f"message length {length}")
             if <uint64_t> (self._end - self._begin) < length + 1:

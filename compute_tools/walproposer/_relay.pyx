@@ -16,7 +16,7 @@ from compute_tools.walproposer._link cimport Link
 from compute_tools.walproposer._quorum cimport APPEND_HEADER_SIZE, Peer, Quorum
 from compute_tools.walproposer._xlog_stream cimport WAL_OFFSET, XLogStream
 from compute_tools.walproposer.loop cimport ALL, MOST, URGENT, EventHandler, EventLoop
-from zenith_utils.unaligned cimport put64_big, put_big
+from zenith_utils.unaligned cimport put64_big, put32_big
 
 import os
 
@@ -152,7 +152,7 @@ cdef class Relay(EventHandler):
         cdef Member member
         cdef Peer peer
         message[0] = COPY_DATA
-        put_big(message + 1, 4 + APPEND_HEADER_SIZE + size, 4)
+        put32_big(message + 1, <uint32_t> (4 + APPEND_HEADER_SIZE + size))
         self._quorum.write_append_header(message + 5, begin_lsn, end_lsn)
         for member in self.members:
             peer = member.peer
@@ -195,7 +195,7 @@ cdef class Relay(EventHandler):
         cdef ssize_t sent
         clock_gettime(CLOCK_REALTIME, &time)
         message[0] = COPY_DATA
-        put_big(message + 1, STATUS_SIZE - 1, 4)
+        put32_big(message + 1, <uint32_t> (STATUS_SIZE - 1))
         message[5] = STATUS_UPDATE
         put64_big(message + 6, lsn)
         put64_big(message + 14, lsn)

@@ -13,7 +13,7 @@ from libc.string cimport memcpy, memmove
 
 from cpython.bytes cimport PyBytes_AS_STRING
 
-from zenith_utils.unaligned cimport get64_big, get_big
+from zenith_utils.unaligned cimport get64_big, get32_big
 
 from zenith_utils.lsn import lsn_text
 
@@ -119,7 +119,7 @@ cdef class XLogStream:
         cdef uint64_t length, start
         if available < 5:
             return 0
-        length = get_big(frame + 1, 4)
+        length = get32_big(frame + 1)
         if length < 4 or (frame[0] == COPY_DATA and length < 5):
             raise StreamError(f"Postgres sent a message of length {length}")
         if frame[0] == COPY_DATA:

@@ -13,8 +13,8 @@ from compute_tools.walproposer.core import (
     Send,
     divergence_lsn,
 )
+from postgres_ffi.wal_format import WAL_SEGMENT_SIZE
 from safekeeper.consensus import (
-    WAL_SEGMENT_SIZE,
     Acceptor,
     ConsensusError,
     ControlState,
