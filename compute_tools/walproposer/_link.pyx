@@ -12,7 +12,7 @@ from cpython.bytes cimport PyBytes_AS_STRING
 
 from compute_tools.walproposer._quorum cimport Peer, Quorum
 from compute_tools.walproposer.loop cimport ALL, MOST, EventHandler, EventLoop
-from zenith_utils.unaligned cimport get64, get32_big
+from zenith_utils.unaligned cimport get32_big, get64
 
 import os
 

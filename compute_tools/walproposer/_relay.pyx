@@ -16,7 +16,7 @@ from compute_tools.walproposer._link cimport Link
 from compute_tools.walproposer._quorum cimport APPEND_HEADER_SIZE, Peer, Quorum
 from compute_tools.walproposer._xlog_stream cimport WAL_OFFSET, XLogStream
 from compute_tools.walproposer.loop cimport ALL, MOST, URGENT, EventHandler, EventLoop
-from zenith_utils.unaligned cimport put64_big, put32_big
+from zenith_utils.unaligned cimport put32_big, put64_big
 
 import os
 

@@ -13,7 +13,7 @@ from libc.string cimport memcpy, memmove
 
 from cpython.bytes cimport PyBytes_AS_STRING
 
-from zenith_utils.unaligned cimport get64_big, get32_big
+from zenith_utils.unaligned cimport get32_big, get64_big
 
 from zenith_utils.lsn import lsn_text
 
