@@ -120,13 +120,7 @@ class Compactor:
 
     def _round(self, keyspace: Keyspace, *, force: bool, quiet: bool) -> CompactionResult:
         merged, deltas = self._merge_l0(force=force, quiet=quiet)
-        images = 0
-        try:
-            images += self._image_deep_parts(keyspace)
-            images += self._image_garbage(keyspace, quiet=quiet)
-        except LsnNotReadable as error:
-            # The cutoff was moved on meanwhile; the next round works with the new one.
-            log.debug("timeline %s: no images: %s", self._timeline.timeline_id, error)
+        images = self._make_images(keyspace, quiet=quiet)
         split = self._split_deltas(quiet=quiet)
         # Once the timeline is at rest more is worth doing.
         done = quiet and not (merged or images or split)
@@ -224,6 +218,23 @@ class Compactor:
         return self._timeline.directory.new_writer(compress=self._timeline.settings.compress_layers)
 
     # ---- images
+
+    def _make_images(self, keyspace: Keyspace, *, quiet: bool) -> int:
+        """Images where reads need or garbage is worth them; how many."""
+        images = 0
+        try:
+            # While the cutoff stands still an image there stays, and serves reads too: where it is
+            # worth making, one at the last LSN is often not needed. A cutoff that moves on takes
+            # along what is below it by means of the images made for reads.
+            if quiet:
+                images += self._image_garbage(keyspace, quiet=True)
+            images += self._image_deep_parts(keyspace)
+            if not quiet:
+                images += self._image_garbage(keyspace, quiet=False)
+        except LsnNotReadable as error:
+            # The cutoff was moved on meanwhile; the next round works with the new one.
+            log.debug("timeline %s: no images: %s", self._timeline.timeline_id, error)
+        return images
 
     def _image_deep_parts(self, keyspace: Keyspace) -> int:
         """Images where reads go through many deltas, at the last LSN on disk."""
