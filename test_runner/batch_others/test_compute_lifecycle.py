@@ -168,7 +168,9 @@ def test_crash_leaves_nothing(zenith_env_builder: ZenithEnvBuilder) -> None:
 
 def spawn_program(pg: Postgres) -> int:
     """A process that a backend has started and that outlives its backend."""
-    pg.safe_psql("COPY (SELECT 1) TO PROGRAM 'sleep 1000 > /dev/null 2>&1 & echo $! > program.pid'")
+    # It reads what it is sent: a shell that ends before that breaks the pipe.
+    program = "sleep 1000 > /dev/null 2>&1 & echo $! > program.pid; cat > /dev/null"
+    pg.safe_psql(f"COPY (SELECT 1) TO PROGRAM '{program}'")
     return int(Path(pg.pg_data_dir_path(), "program.pid").read_text())
 
 
