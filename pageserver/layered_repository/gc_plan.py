@@ -60,10 +60,8 @@ class GcResult:
 class GcPlan(Generic[L]):
     """What to delete.
 
-    `remove` may be deleted in any order once the cutoff is durable. `tombstones` (empty images that
-    hide nothing) only after the directory was synced: if an older layer came back after a crash,
-    but not the tombstone above it, deleted keys would be back. They hide nothing of what existed
-    when the plan was made, so the deletions to sync are those of earlier rounds.
+    All of it goes in one step of the list of layers. `remove` could as well go one by one, in any
+    order; `tombstones` (empty images that hide nothing) not before what they hid is gone for good.
     """
 
     remove: list[L]
@@ -224,8 +222,8 @@ def lowest_read(layer: LayerRange, retained: Sequence[int], cutoff: int) -> int:
 def _small_images_at_the_bottom(coverage: ImageCoverage[L], layers: Sequence[L]) -> list[L]:
     """Images with nothing below them, small enough to be empty.
 
-    All layers count that exist now, also those about to go: until their deletion is durable they
-    may come back.
+    All layers count that exist now, also those about to go: a tombstone goes a round later than
+    what it hid.
     """
     lowest = [0] * len(coverage)
     # An image hides deltas from their first LSN at its own LSN or below, and older images.
