@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Iterable
 from typing import Final, Protocol
 
 from pageserver.layered_repository.block_cache import BlockCache
@@ -67,6 +68,18 @@ class DescriptorCache:
                 if len(self._open) <= self.limit and self._memory <= self.memory_limit:
                     break
                 self._turn(layer)
+
+    def close(self, layers: Iterable[Evictable]) -> None:
+        """Close layers that nobody is going to read."""
+        with self._lock:
+            for layer in layers:
+                self._memory -= self._open.pop(weakref.ref(layer), 0)
+                layer.evict()
+
+    def close_all(self) -> None:
+        """Close all layers."""
+        with self._lock:
+            self.close([layer for reference in self._open if (layer := reference()) is not None])
 
     def _turn(self, admitted: Evictable) -> None:
         """Move the hand by one layer."""

@@ -83,6 +83,8 @@ class Maintenance:
             except OSError as error:
                 # It is in no list any more: the next start removes it.
                 log.warning("could not delete a layer that is not needed any more: %s", error)
+        # Its space comes back when the last descriptor goes; old views may be around for long.
+        self._timeline.context.resources.descriptors.close(remove)
 
     def count_entries(self, layer: LayerFile) -> int:
         """How many entries a layer file has: for an image, keys. Raises CorruptLayerError, OSError.

@@ -339,6 +339,7 @@ class Timeline:
             self.flusher.join()
             self.maintenance.join()
             self.context.resources.memory.forget(self)
+            self.context.resources.descriptors.close(self.view.layers)
 
     def detach(self) -> None:
         """Stop because the files are about to be deleted; who reads then gets TimelineStopped."""

@@ -368,8 +368,12 @@ def _verify_values(
         if metadata.ancestor_id == timeline.timeline_id
     ]
     descriptors = DescriptorCache(100)
-    texts = unreadable(open_timeline(lineage, tenant.files, descriptors), points, count)
-    yield from _first((Finding(timeline.path, text) for text in texts), timeline.path)
+    try:
+        texts = unreadable(open_timeline(lineage, tenant.files, descriptors), points, count)
+        yield from _first((Finding(timeline.path, text) for text in texts), timeline.path)
+    finally:
+        # There may be a thousand timelines to come.
+        descriptors.close_all()
 
 
 def _lineage(tenant: _Tenant, timeline_id: TimelineId) -> list[ReadableTimeline] | None:
