@@ -416,3 +416,18 @@ def test_a_timeline_that_stops(repository: Repository) -> None:
     timeline.shutdown(flush=False)
     with pytest.raises(TimelineStopped):
         timeline.gc(56)
+
+
+def test_deleted_and_stopped_layers_are_closed(repository: Repository) -> None:
+    """Whoever still knows them: their space comes back with the last descriptor."""
+    timeline = new_timeline(repository)
+    history(timeline)
+    known = list(timeline.view.layers)
+    for layer in known:
+        layer.open()
+    collect(repository, 56)
+    left = list(timeline.view.layers)
+    assert {layer for layer in known if layer.is_open} == set(left) < set(known)
+    repository.shutdown(flush=False)
+    assert not any(layer.is_open for layer in known)
+    assert len(repository.resources.descriptors) == 0
