@@ -15,13 +15,10 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from safekeeper.append_state cimport AppendHeader, AppendState
 from safekeeper.wal_end cimport WAL_OTHER_SEGMENT, WAL_WRITTEN, WalEnd
 from zenith_utils.frame_reader cimport FRAME_AGAIN, FRAME_END, FRAME_MORE, FRAME_TAKEN, FrameReader
+from zenith_utils.sockets cimport MSG_NOSIGNAL, send
 from zenith_utils.unaligned cimport get64, put32_big, put64
 
 from zenith_utils.pq_framing import ConnectionClosed
-
-cdef extern from "<sys/socket.h>" nogil:
-    ssize_t posix_send "send"(int fd, const void *data, size_t size, int flags)
-    int MSG_NOSIGNAL
 
 cdef enum:
     MAX_MESSAGE = 32 << 20     # the longest term history fits
@@ -268,7 +265,7 @@ cdef int send_all(int fd, const uint8_t *data, size_t size) noexcept nogil:
     """0 or an errno."""
     cdef ssize_t sent
     while size:
-        sent = posix_send(fd, data, size, MSG_NOSIGNAL)
+        sent = send(fd, data, size, MSG_NOSIGNAL)
         if sent < 0:
             if errno == EINTR:
                 continue

@@ -11,13 +11,10 @@ from libc.stdint cimport uint8_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memmove
 
+from zenith_utils.sockets cimport MSG_DONTWAIT, recv
 from zenith_utils.unaligned cimport get32_big
 
 from zenith_utils.pq_framing import ConnectionClosed, ProtocolError
-
-cdef extern from "<sys/socket.h>" nogil:
-    ssize_t posix_recv "recv"(int fd, void *data, size_t size, int flags)
-    int MSG_DONTWAIT
 
 cdef enum:
     FIRST_BUFFER = 256 << 10
@@ -69,8 +66,8 @@ cdef class FrameReader:
             self.error = ENOMEM
             return FRAME_ERROR
         while True:
-            count = posix_recv(self.fd, self.buffer + self.end, self.capacity - self.end,
-                               0 if wait else MSG_DONTWAIT)
+            count = recv(self.fd, self.buffer + self.end, self.capacity - self.end,
+                         0 if wait else MSG_DONTWAIT)
             if count > 0:
                 self.end += count
                 return FRAME_MORE

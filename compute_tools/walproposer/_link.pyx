@@ -12,6 +12,7 @@ from cpython.bytes cimport PyBytes_AS_STRING
 
 from compute_tools.walproposer._quorum cimport Peer, Quorum
 from compute_tools.walproposer.loop cimport ALL, MOST, EventHandler, EventLoop
+from zenith_utils.sockets cimport MSG_DONTWAIT, MSG_NOSIGNAL, recv, send
 from zenith_utils.unaligned cimport get32_big, get64
 
 import os
@@ -19,13 +20,6 @@ import os
 from compute_tools.walproposer.loop import READABLE, WRITABLE
 from zenith_utils.safekeeper_messages import MessageError
 from zenith_utils.zenith_feedback import FeedbackError, ZenithFeedback
-
-cdef extern from "sys/socket.h" nogil:
-    enum:
-        MSG_DONTWAIT
-        MSG_NOSIGNAL
-    ssize_t send(int fd, const void *data, size_t size, int flags)
-    ssize_t recv(int fd, void *data, size_t size, int flags)
 
 cdef enum:
     RECEIVE = 16384

@@ -16,6 +16,7 @@ from compute_tools.walproposer._link cimport Link
 from compute_tools.walproposer._quorum cimport APPEND_HEADER_SIZE, Peer, Quorum
 from compute_tools.walproposer._xlog_stream cimport WAL_OFFSET, XLogStream
 from compute_tools.walproposer.loop cimport ALL, MOST, URGENT, EventHandler, EventLoop
+from zenith_utils.sockets cimport MSG_DONTWAIT, MSG_NOSIGNAL, recv, send
 from zenith_utils.unaligned cimport put32_big, put64_big
 
 import os
@@ -23,13 +24,6 @@ import os
 from compute_tools.walproposer._link import LinkError
 from compute_tools.walproposer._quorum import PeerState
 from zenith_utils.zenith_feedback import POSTGRES_EPOCH_MICROS
-
-cdef extern from "sys/socket.h" nogil:
-    enum:
-        MSG_DONTWAIT
-        MSG_NOSIGNAL
-    ssize_t send(int fd, const void *data, size_t size, int flags)
-    ssize_t recv(int fd, void *data, size_t size, int flags)
 
 cdef enum:
     STATUS_SIZE = 39

@@ -4,57 +4,27 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from pathlib import Path
 
 import pytest
+from batch_unit.layer_folder import TENANT, TIMELINE, Entry, LayerFolder, key, never
 
 from pageserver.layered_repository.errors import CorruptLayerError, TimelineStopped
-from pageserver.layered_repository.files import FILES, Files
+from pageserver.layered_repository.files import Files
 from pageserver.layered_repository.image_writer import BATCH_KEYS, write_image
 from pageserver.layered_repository.layer_file import LayerFile
 from pageserver.layered_repository.layer_merge import merge_layers
 from pageserver.layered_repository.layer_name import MAX_KEY, MIN_KEY, LayerName
-from pageserver.layered_repository.layer_writer import LayerWriter
 from pageserver.layered_repository.partitioning import Part
 
-Entry = tuple[bytes, int, int, bytes]
-TENANT, TIMELINE = b"a" * 16, b"b" * 16
 
-
-def key(number: int) -> bytes:
-    return number.to_bytes(18, "big")
-
-
-def never() -> bool:
-    return False
-
-
-@dataclass
-class Folder:
-    """A directory of layers."""
-
-    path: Path
-    files: Files = FILES
-    made: int = 0
-    paths: list[Path] = field(default_factory=list)
-
-    def new_writer(self) -> LayerWriter:
-        """A writer of the next temporary file."""
-        self.made += 1
-        path = self.path / f"{self.made}.temp"
-        self.paths.append(path)
-        return LayerWriter(path, TENANT, TIMELINE, files=self.files)
+class Folder(LayerFolder):
+    """A directory of L0 deltas, and what merges write."""
 
     def l0(self, entries: Sequence[Entry], start_lsn: int, end_lsn: int) -> LayerFile:
         """A finished L0 delta."""
-        name = LayerName.l0_delta(start_lsn, end_lsn)
-        writer = LayerWriter(self.path / str(name), TENANT, TIMELINE)
-        for entry in sorted(entries):
-            writer.add(*entry)
-        writer.finish(name)
-        return LayerFile(self.path / str(name), name, TENANT, TIMELINE)
+        return self.layer(LayerName.l0_delta(start_lsn, end_lsn), entries)
 
     def merge(
         self, layers: Sequence[LayerFile], target: int, stop: Callable[[], bool] = never

@@ -4,53 +4,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from batch_unit.layer_folder import TENANT, TIMELINE, Entry, LayerFolder, key, never
 
 from pageserver.layered_repository.errors import CorruptLayerError, TimelineStopped
-from pageserver.layered_repository.files import FILES, Files
+from pageserver.layered_repository.files import Files
 from pageserver.layered_repository.layer_file import LayerFile
 from pageserver.layered_repository.layer_name import LayerName
 from pageserver.layered_repository.layer_split import MAX_PIECES, split_layer
-from pageserver.layered_repository.layer_writer import LayerWriter
-
-Entry = tuple[bytes, int, int, bytes]
-TENANT, TIMELINE = b"a" * 16, b"b" * 16
 
 
-def key(number: int) -> bytes:
-    return number.to_bytes(18, "big")
-
-
-def never() -> bool:
-    return False
-
-
-@dataclass
-class Folder:
-    """A directory of layers."""
-
-    path: Path
-    files: Files = FILES
-    made: int = 0
-    paths: list[Path] = field(default_factory=list)
-
-    def new_writer(self) -> LayerWriter:
-        """A writer of the next temporary file."""
-        self.made += 1
-        path = self.path / f"{self.made}.temp"
-        self.paths.append(path)
-        return LayerWriter(path, TENANT, TIMELINE, files=self.files, compress=True)
-
-    def layer(self, name: LayerName, entries: Sequence[Entry]) -> LayerFile:
-        """A finished layer."""
-        writer = LayerWriter(self.path / str(name), TENANT, TIMELINE)
-        for entry in sorted(entries):
-            writer.add(*entry)
-        writer.finish(name)
-        return LayerFile(self.path / str(name), name, TENANT, TIMELINE)
+class Folder(LayerFolder):
+    """A directory of deltas, and what splits write."""
 
     def delta(self, entries: Sequence[Entry], start_lsn: int, end_lsn: int) -> LayerFile:
         """A finished delta of the keys from 0 to 9999."""
@@ -77,7 +44,7 @@ class Folder:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    return Folder(tmp_path)
+    return Folder(tmp_path, compress=True)
 
 
 def random_ranges(rng: random.Random, start: int, end: int) -> list[tuple[int, int]]:
