@@ -81,6 +81,12 @@ class ControlState:
     peer_horizon_lsn: int = 0
     remote_consistent_lsn: int = 0
     peers: tuple[tuple[int, PeerInfo], ...] = ()
+    generation: int = 0
+    """The highest generation of safekeepers whose leader was followed."""
+    established: int = 0
+    """The highest generation known to be established: no earlier one matters any more."""
+    recovering: bool = False
+    """What was promised and acknowledged earlier may be forgotten: gives no votes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +126,12 @@ class Session:
 class Acceptor:
     """State of one timeline on one safekeeper. Calls are serialised by the caller."""
 
-    def __init__(self, state: ControlState, flush_lsn: int) -> None:
-        """Resume from the durable state and the end of the last complete durable WAL record."""
+    def __init__(self, state: ControlState, flush_lsn: int, instance: bytes = bytes(16)) -> None:
+        """Resume from the durable state and the end of the last complete durable WAL record.
+
+        `instance` is that of the safekeeper's data directory.
+        """
+        self.instance = instance
         self.log = AppendState(
             flush_lsn,
             term=state.term,

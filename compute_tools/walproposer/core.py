@@ -17,6 +17,7 @@ from enum import Enum
 from typing import Final
 
 from compute_tools.walproposer._quorum import PeerState, Quorum
+from compute_tools.walproposer.membership import Membership
 from postgres_ffi.wal_format import WAL_BLCKSZ, WAL_SEGMENT_SIZE, normalize_lsn
 from zenith_utils.ids import TenantId, TimelineId
 from zenith_utils.lsn import lsn_text
@@ -36,6 +37,7 @@ from zenith_utils.safekeeper_messages import (
 from zenith_utils.zenith_feedback import ZenithFeedback
 
 _TLI: Final = 1
+_NO_MEMBERSHIP: Final = Membership()
 
 
 class ProposerError(Exception):
@@ -95,8 +97,13 @@ class Identity:
 class Proposer(Quorum):
     """Drives one election and then the stream. All methods are called by one thread."""
 
-    def __init__(self, identity: Identity, peer_count: int) -> None:
+    def __init__(
+        self, identity: Identity, peer_count: int, membership: Membership = _NO_MEMBERSHIP
+    ) -> None:
+        """Raises ValueError if `membership` does not fit `peer_count`."""
         super().__init__(peer_count, identity.proposer_id)
+        membership.check(peer_count)
+        self.membership = membership
         self.identity = identity
         self.phase = Phase.CAMPAIGN
         self.bootstrap = False
