@@ -276,6 +276,11 @@ class Timeline:
         """What the most advanced pageserver reported last, connected or not."""
         return self._feedback
 
+    @property
+    def hs_feedback(self) -> HotStandbyFeedback:
+        """The standbys' reports, combined."""
+        return self._hs_feedback
+
     def record_feedback(self, feedback: ZenithFeedback) -> None:
         """Take a pageserver's report; that of the one which has received more wins."""
         with self._advanced:
