@@ -190,8 +190,8 @@ def test_commit_is_never_above_flush(cluster: WalCluster, safekeeper: Safekeeper
         (("--id", "seven"), "invalid int value: 'seven'"),
         (("--listen", "127.0.0.1"), "expected host:port"),
         (("--id", "-1"), "safekeeper id -1 does not fit 64 bits"),
-        (("--dir", "/nonexistent"), "data directory /nonexistent does not exist"),
-        (("--dump-control-file", "/nonexistent"), "No such file or directory"),
+        (("--dir", "nonexistent"), "nonexistent does not exist"),
+        (("--dump-control-file", "nonexistent"), "No such file or directory"),
     ],
 )
 def test_bad_arguments(tmp_path: Path, arguments: tuple[str, str], message: str) -> None:
