@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from safekeeper.control_file import ControlFileError
+from safekeeper.timeline import TimelineFailedError
 from safekeeper.timelines import TimelineExistsError, TimelineNotFoundError, Timelines
+from safekeeper.wal_files import WalStorageError
 from zenith_utils.http_server import BadRequest, HttpError, Request, Response, Route, json_response
 from zenith_utils.ids import TenantId, TenantTimelineId, TimelineId
 from zenith_utils.lsn import lsn_text
@@ -33,7 +36,12 @@ class HttpApi:
         timeline_id = TenantTimelineId(request.tenant_id(), request.timeline_id())
         try:
             timeline = self._timelines.get(timeline_id)
-        except TimelineNotFoundError as e:
+        except (
+            TimelineNotFoundError,
+            TimelineFailedError,
+            ControlFileError,
+            WalStorageError,
+        ) as e:
             raise HttpError(str(e)) from e
         acceptor = timeline.acceptor
         state = acceptor.state
@@ -58,7 +66,7 @@ class HttpApi:
             TenantId(_id_bytes(fields, "tenant_id")), TimelineId(_id_bytes(fields, "timeline_id"))
         )
         try:
-            self._timelines.create(timeline_id)
+            self._timelines.create(timeline_id, _peer_ids(fields))
         except TimelineExistsError as e:
             raise HttpError(str(e)) from e
         return json_response(None, 201)
@@ -66,10 +74,22 @@ class HttpApi:
 
 def _id_bytes(fields: dict[str, Any], name: str) -> bytes:
     """An id written as an array of 16 byte values."""
-    value = fields.get(name)
-    try:
-        if not isinstance(value, list) or len(value) != 16:
-            raise ValueError("expected an array of 16 integers")
-        return bytes(value)
-    except (TypeError, ValueError) as e:
-        raise BadRequest(f"Failed to parse json request {name}: {e}") from e
+    value = _integers(fields.get(name), 256)
+    if value is None or len(value) != 16:
+        raise BadRequest(f"Failed to parse json request {name}: expected an array of 16 bytes")
+    return bytes(value)
+
+
+def _peer_ids(fields: dict[str, Any]) -> list[int]:
+    """Node ids of the other safekeepers; may be missing."""
+    value = _integers(fields.get("peer_ids", []), 1 << 64)
+    if value is None:
+        raise BadRequest("Failed to parse json request peer_ids: expected an array of node ids")
+    return value
+
+
+def _integers(value: object, end: int) -> list[int] | None:
+    """An array of integers in [0, end), None if it is anything else. true and false are none."""
+    if not isinstance(value, list) or any(type(item) is not int for item in value):
+        return None
+    return value if all(0 <= item < end for item in value) else None

@@ -35,6 +35,7 @@ from zenith_utils.http_server import HttpServer, metrics_route
 from zenith_utils.log import init_logging
 from zenith_utils.pid_file import PidFileError
 from zenith_utils.postgres_backend import PostgresServer
+from zenith_utils.version import version_text
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="safekeeper", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
+    add("--version", action="version", version=version_text("safekeeper"))
     add("-D", "--dir", type=Path, default=Path(), help="data directory (default: current)")
     add("--init", action="store_true", help="store the id and exit")
     add("--id", type=int, help="node id; stored at the first start")
@@ -89,18 +91,21 @@ def _parser() -> argparse.ArgumentParser:
     add("--listen-http", default=DEFAULT_HTTP_ADDRESS, help="HTTP API ip:port")
     add("-p", "--pageserver", help=argparse.SUPPRESS)
     add("--ttl", help="offloading of WAL is not available; refused")
-    add("--recall", type=_duration, default=1.0, help="period of calls to pageservers (1 s)")
+    add("--recall", type=_period, default=1.0, help="period of calls to pageservers (1 s)")
     add("-d", "--daemonize", action="store_true", help="run in the background")
     add("-n", "--no-sync", action="store_true", help="do not fsync: unsafe, for tests only")
     add("--dump-control-file", type=Path, metavar="PATH", help="print a control file as JSON")
     return parser
 
 
-def _duration(text: str) -> float:
+def _period(text: str) -> float:
     try:
-        return parse_duration(text)
+        seconds = parse_duration(text)
     except DurationError as e:
         raise argparse.ArgumentTypeError(str(e)) from e
+    if not seconds:
+        raise argparse.ArgumentTypeError(f"a period of {text!r}: it must be longer than nothing")
+    return seconds
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -128,6 +133,7 @@ def _run(args: argparse.Namespace) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     sys.setswitchinterval(_SWITCH_INTERVAL)
 
+    logger.info("version: %s", version_text("safekeeper"))
     metrics = SafekeeperMetrics()
     timelines = Timelines(directory, metrics, sync=not args.no_sync)
     host = parse_address(args.listen_pg)[0]

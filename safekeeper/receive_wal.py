@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from safekeeper.consensus import ConsensusError, Session
@@ -17,6 +18,8 @@ from zenith_utils.safekeeper_messages import (
     ProposerGreeting,
     parse_proposer_message,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class PushSession:
@@ -55,11 +58,13 @@ class PushSession:
                 raise ConsensusError("first message of a session must be ProposerGreeting")
             timeline = self._timelines.get_or_create(self._timeline_id)
             timeline.compute_connected()
+            logger.info("timeline %s: session of proposer %s begins", timeline.id, conn.peer)
             try:
                 self._on_connected(timeline)
                 self._serve(timeline, first)
             finally:
                 timeline.compute_disconnected()
+                logger.info("timeline %s: session of proposer %s ends", timeline.id, conn.peer)
                 self._timelines.save_progress([timeline])
         except (MessageError, ConsensusError, WalStorageError, OSError) as e:
             raise FatalQueryError(f"failed to run ReceiveWalConn: {e}") from e

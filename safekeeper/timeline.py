@@ -34,6 +34,7 @@ from zenith_utils.safekeeper_messages import (
     ProposerElected,
     ProposerGreeting,
     VoteRequest,
+    VoteResponse,
     encode_feedbacks,
     parse_append_request,
 )
@@ -120,13 +121,34 @@ class Timeline:
         """
         with self.lock:
             self.check_usable()
+            end = self.acceptor.flush_lsn
             if isinstance(message, ProposerGreeting):
                 actions = self.acceptor.greet(session, message)
             elif isinstance(message, VoteRequest):
                 actions = self.acceptor.vote(session, message)
             else:
                 actions = self.acceptor.elected(session, message)
-            return self._carry_out(actions)
+            replies = self._carry_out(actions)
+            if actions and isinstance(message, ProposerElected):
+                self._log_leader(message, end)
+            for reply in replies:
+                if isinstance(reply, VoteResponse) and reply.vote_given:
+                    self._log_vote(reply)
+            return replies
+
+    def _log_leader(self, leader: ProposerElected, old_end: int) -> None:
+        start = leader.start_streaming_at
+        cut = f", cutting it off there: it went up to {lsn_text(old_end)}"
+        logger.info(
+            "timeline %s: follows the leader of term %d, whose WAL continues ours from %s on%s",
+            self.id, leader.term, lsn_text(start), cut if start < old_end else "",
+        )  # fmt: skip
+
+    def _log_vote(self, vote: VoteResponse) -> None:
+        logger.info(
+            "timeline %s: voted in term %d, with WAL up to %s of term %d",
+            self.id, vote.term, lsn_text(vote.flush_lsn), self.acceptor.epoch,
+        )  # fmt: skip
 
     def append(self, session: Session, data: memoryview) -> AcceptorMessage | None:
         """Write an AppendRequest without flushing; caller holds `lock`.
@@ -275,6 +297,11 @@ class Timeline:
     def feedback(self) -> ZenithFeedback:
         """What the most advanced pageserver reported last, connected or not."""
         return self._feedback
+
+    @property
+    def hs_feedback(self) -> HotStandbyFeedback:
+        """The standbys' reports, combined."""
+        return self._hs_feedback
 
     def record_feedback(self, feedback: ZenithFeedback) -> None:
         """Take a pageserver's report; that of the one which has received more wins."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from safekeeper import control_file, delivery
-from safekeeper.consensus import ControlState
+from safekeeper.consensus import ControlState, PeerInfo
 from safekeeper.control_file import ControlFileError
 from safekeeper.delivery import DeliveryFileError
 from safekeeper.metrics import SafekeeperMetrics
@@ -61,14 +61,19 @@ class Timelines:
             except TimelineExistsError:
                 return self.get(timeline_id)
 
-    def create(self, timeline_id: TenantTimelineId) -> Timeline:
-        """Create an empty timeline durably. Raises TimelineExistsError, OSError."""
+    def create(self, timeline_id: TenantTimelineId, peer_ids: Sequence[int] = ()) -> Timeline:
+        """Create an empty timeline durably, on this and some other safekeepers.
+
+        Raises TimelineExistsError, OSError.
+        """
         with self._lock:
             directory = self._path(timeline_id)
             if (directory / control_file.CONTROL_FILE_NAME).exists():
                 raise TimelineExistsError(f"timeline {timeline_id} already exists")
             directory.mkdir(parents=True, exist_ok=True)
-            control_file.store(directory, ControlState(*timeline_id), sync=self._sync)
+            peers = tuple((peer, PeerInfo(0, 0, 0, 0)) for peer in peer_ids)
+            state = ControlState(*timeline_id, peers=peers)
+            control_file.store(directory, state, sync=self._sync)
             if self._sync:
                 fsync_dir(directory.parent)
                 fsync_dir(self._directory)

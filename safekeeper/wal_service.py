@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from safekeeper.callmemaybe import CallMeMaybe
 from safekeeper.control_file import ControlFileError
+from safekeeper.json_ctrl import append_logical_message, parse_request
 from safekeeper.receive_wal import PushSession
 from safekeeper.send_wal import StreamDone, WalSender
 from safekeeper.timeline import Timeline, TimelineFailedError
@@ -30,6 +32,7 @@ RECOVERY_APPLICATION = "wal_proposer_recovery"
 
 _PUSH = re.compile(r"START_WAL_PUSH(?: (?P<connstr>.+))?", re.DOTALL)
 _REPLICATE = re.compile(r"START_REPLICATION (?:PHYSICAL )?(?P<lsn>[0-9A-Fa-f]+/[0-9A-Fa-f]+)")
+_JSON_CTRL = re.compile(r"JSON_CTRL(?: (?P<request>.*))?", re.DOTALL)
 _FIRST_PROPOSER_POLL = 1.0
 
 
@@ -68,6 +71,8 @@ class WalServiceHandler:
                 self._replicate(conn, Lsn.parse(match["lsn"]))
             elif command == "IDENTIFY_SYSTEM":
                 self._identify(conn)
+            elif match := _JSON_CTRL.fullmatch(command):
+                self._json_ctrl(conn, match["request"] or "")
             elif is_set_statement(command):
                 conn.send_command_complete()
             else:
@@ -118,6 +123,13 @@ class WalServiceHandler:
         ]
         system_id = str(timeline.acceptor.state.server.system_id)
         conn.send_result(columns, [(system_id, 1, lsn_text(timeline.flush_lsn), None)])
+
+    def _json_ctrl(self, conn: Connection, text: str) -> None:
+        timeline_id = self._timeline_id()
+        request = parse_request(text)
+        timeline = self._service.timelines.get_or_create(timeline_id)
+        answer = append_logical_message(timeline, request)
+        conn.send_result([Column("json")], [(json.dumps(answer),)])
 
     def _replicate(self, conn: Connection, start_lsn: int) -> None:
         timeline_id = self._timeline_id()

@@ -7,7 +7,6 @@ back from pg_wal or from another safekeeper, so nobody's slowness costs memory.
 
 from __future__ import annotations
 
-import logging
 import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -20,8 +19,8 @@ from compute_tools.walproposer.config import Config
 from compute_tools.walproposer.core import Action, Announced, Phase, Proposer, Send
 from compute_tools.walproposer.link import copy_data_header, open_session
 from compute_tools.walproposer.loop import EventLoop
+from compute_tools.walproposer.member_log import MemberLog
 from compute_tools.walproposer.wal_source import PgWalReader, RecoveryReader
-from zenith_utils.lsn import lsn_text
 from zenith_utils.pq_client import PqError
 from zenith_utils.safekeeper_messages import (
     APPEND_HEADER_SIZE,
@@ -30,10 +29,10 @@ from zenith_utils.safekeeper_messages import (
     parse_acceptor_message,
 )
 
-logger = logging.getLogger(__name__)
-
 _RETRY_FIRST: Final = 0.05
 _RETRY_MOST: Final = 1.0
+# A session that ends sooner has not worked: the next one waits longer.
+_WORKED: Final = 5.0
 _SILENCE: Final = 15.0
 _RECOVERY_RETRY: Final = 0.2
 _COPY_DONE: Final = b"c\0\0\0\4"
@@ -49,7 +48,9 @@ class Safekeeper(Member):
         self.connecting = False
         self.retry_at = 0.0
         self.retry_delay = _RETRY_FIRST
+        self.connected_at = 0.0
         self.heard_at = 0.0
+        self.log = MemberLog(str(self))
         self.recovery: RecoveryReader | None = None
         self.recovery_at = 0.0
 
@@ -112,8 +113,7 @@ class SafekeeperPool:
 
     def _connect_failed(self, member: Safekeeper, reason: str) -> None:
         member.connecting = False
-        if member.retry_delay == _RETRY_FIRST:
-            logger.warning("cannot connect to %s, will keep trying: %s", member, reason)
+        member.log.cannot_connect(reason)
         member.retry_at = time.monotonic() + member.retry_delay
         member.retry_delay = min(2 * member.retry_delay, _RETRY_MOST)
 
@@ -121,8 +121,8 @@ class SafekeeperPool:
         link = Link(self._loop, sock, self._core, member.index, self)
         member.connecting = False
         member.link = link
-        member.heard_at = time.monotonic()
-        logger.info("connected to %s", member)
+        member.connected_at = member.heard_at = time.monotonic()
+        member.log.connected()
         self.perform(self._core.connected(member.index))
         try:
             if received and not link.closed:
@@ -134,20 +134,22 @@ class SafekeeperPool:
         link = member.link
         if link is None:
             return
-        logger.warning("session with %s ends: %s", member, reason)
+        member.log.lost(reason)
         link.close()
         member.link = None
         self._stop_recovery(member)
-        was_streaming = member.peer.state is PeerState.STREAMING
         self._core.disconnected(member.index)
-        member.retry_delay = _RETRY_FIRST if was_streaming else max(member.retry_delay, 0.1)
-        member.retry_at = time.monotonic() + member.retry_delay
+        now = time.monotonic()
+        if now - member.connected_at >= _WORKED:
+            member.retry_delay = _RETRY_FIRST
+        member.retry_at = now + member.retry_delay
         member.retry_delay = min(2 * member.retry_delay, _RETRY_MOST)
 
     def drop_silent(self, now: float) -> None:
         """End sessions that answer no heartbeats: the peer or the network is stuck."""
         idle = (PeerState.GREETED, PeerState.VOTED)  # nothing was asked
         for member in self.members:
+            member.log.tick()
             link = member.link
             if member.peer.state in idle or (link is not None and link.heard):
                 member.heard_at = now
@@ -161,7 +163,6 @@ class SafekeeperPool:
     def on_message(self, link: Link, payload: bytes) -> None:
         """A safekeeper has sent something that is to be thought about. Raises MessageError."""
         member = self._member(link)
-        member.retry_delay = _RETRY_FIRST
         self.perform(self._core.receive(member.index, parse_acceptor_message(payload)))
 
     def on_link_error(self, link: Link, reason: str) -> None:
@@ -181,7 +182,7 @@ class SafekeeperPool:
                 self._send(self.members[action.peer], copy_data_header(len(payload)) + payload)
             elif isinstance(action, Announced):
                 member = self.members[action.peer]
-                logger.info("streaming to %s from %s", member, lsn_text(member.peer.next_lsn))
+                member.log.following(member.peer.next_lsn)
                 self._stop_recovery(member)
                 self._heartbeat(member)
             else:
@@ -230,6 +231,8 @@ class SafekeeperPool:
                 and self._pump(member, end_lsn, now)
             ):
                 more = True
+            if peer.next_lsn >= end_lsn:
+                member.log.caught_up(peer.next_lsn)
         return more
 
     def _pump(self, member: Safekeeper, end_lsn: int, now: float) -> bool:
@@ -240,11 +243,13 @@ class SafekeeperPool:
             if data is None and member.recovery.finished:
                 error = member.recovery.error
                 if error is not None:
-                    logger.warning("recovery of %s breaks off: %s", member, error)
+                    member.log.recovery_failed(error)
                     member.recovery_at = now + _RECOVERY_RETRY
                 self._stop_recovery(member)
         elif self._core.phase is Phase.LEADER and lsn >= self._core.epoch_start_lsn:
             data = self._read_pg_wal(lsn, min(end_lsn - lsn, MAX_SEND_SIZE))
+            if data is not None:
+                member.log.behind(lsn, end_lsn, "the compute's pg_wal")
         if data is None:
             if member.recovery is None and now >= member.recovery_at:
                 self._start_recovery(member, end_lsn, now)
@@ -269,7 +274,7 @@ class SafekeeperPool:
             have = core.peers[source].flush_lsn
             if source == core.donor:
                 have = max(have, core.epoch_start_lsn)
-            logger.info("%s: recovering WAL from %s", member, self.members[source])
+            member.log.behind(lsn, end_lsn, str(self.members[source]), tell=True)
             member.recovery = RecoveryReader(
                 self.members[source].address,
                 # Of our term only: it would serve the WAL of another leader otherwise.

@@ -201,9 +201,7 @@ class Walproposer:
             return
         if core.synced:
             self._told_elected = True
-            logger.info(
-                "elected in term %d, WAL starts at %s", core.term, lsn_text(core.epoch_start_lsn)
-            )
+            logger.info("%s", self._election())
             self._control.elected(core.term, core.epoch_start_lsn, core.bootstrap)
             return
         progress = core.term, [(p.state, p.next_lsn, p.flush_lsn) for p in core.peers]
@@ -213,6 +211,16 @@ class Walproposer:
             logger.warning("recovery is stuck without its donor, starting another campaign")
             self._progress_at = now
             self._pool.perform(core.campaign())
+
+    def _election(self) -> str:
+        """An election that was won, in words."""
+        core, members = self._core, self._pool.members
+        voters = [str(m) for m in members if m.peer.vote is not None]
+        text = f"elected in term {core.term} with the votes of {', '.join(voters)}"
+        if core.donor is None:
+            return f"{text}; nothing was written yet"
+        start = lsn_text(core.epoch_start_lsn)
+        return f"{text}; WAL starts at {start}, as {members[core.donor]} has it"
 
     # ---- commands
 
@@ -257,6 +265,8 @@ class Walproposer:
 
     def on_streaming(self) -> None:
         """The stream has begun, or begun again."""
+        assert self._postgres is not None
+        logger.info("streaming from Postgres at %s", lsn_text(self._postgres.received_lsn))
         self._relay.report(force=True)
         self._control.streaming()
 

@@ -322,6 +322,6 @@ def test_commands_of_the_wal_service(cluster: WalCluster) -> None:
     ):
         conn.simple_query("IDENTIFY_SYSTEM")
     with cluster.connect(safekeeper) as conn:
-        with pytest.raises(PqError, match="unsupported command JSON_CTRL"):
-            conn.simple_query("JSON_CTRL {}")
+        with pytest.raises(PqError, match="unsupported command TIMELINE_STATUS"):
+            conn.simple_query("TIMELINE_STATUS")
         assert conn.simple_query("SET datestyle TO 'ISO'") == []
