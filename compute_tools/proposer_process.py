@@ -55,6 +55,7 @@ class ProposerProcess:
                 f"--safekeepers={safekeepers}",
                 f"--pageserver-connstr={spec.pageserver_connstr}",
                 f"--pgdata={spec.pgdata}",
+                f"--feedback-file={spec.feedback_file}",
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -89,12 +90,17 @@ class ProposerProcess:
                 f"the walproposer did not get WAL from Postgres within {STREAMING_TIMEOUT:.0f} s"
             )
 
-    def set_limits(self, write_lag: int, flush_lag: int) -> None:
+    def set_limits(self, write_lag: int, flush_lag: int, apply_lag: int) -> None:
         """Hold commits back while the pageserver lags more than that, in bytes; 0 is no limit.
 
         Raises ProposerError.
         """
-        self._send(cmd="limits", max_write_lag=write_lag, max_flush_lag=flush_lag)
+        self._send(
+            cmd="limits",
+            max_write_lag=write_lag,
+            max_flush_lag=flush_lag,
+            max_apply_lag=apply_lag,
+        )
 
     def why_ended(self) -> str | None:
         """None while it runs; else what it said, or its exit status."""

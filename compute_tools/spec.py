@@ -42,6 +42,11 @@ class ComputeSpec:
         return self.lsn is not None
 
     @property
+    def feedback_file(self) -> Path:
+        """Where the server's processes find what the pageserver reports."""
+        return self.state_dir / "pageserver.feedback"
+
+    @property
     def pageserver_connstr(self) -> str:
         """The URL of the page service, as the safekeepers hand it on."""
         return f"postgresql://no_user:@{address_text(*self.pageserver_pg)}"

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 
-from compute_tools import datadir, postgres_conf, state
+from compute_tools import datadir, feedback_file, postgres_conf, state
 from compute_tools.config_files import ConfigFiles, DirectoryWatch
+from compute_tools.feedback_file import FeedbackFile
 from compute_tools.lazy_map import LazyMapError, lazyfiles_environment
 from compute_tools.pageserver_client import LEASE_TTL, Lease, PageserverClient, PageserverError
 from compute_tools.periodic import Periodic
@@ -96,6 +97,7 @@ class Supervisor:
         self._config = ConfigFiles(spec.pgdata, spec.state_dir / "postgresql.conf")
         self._watch = DirectoryWatch()
         self._parts = _Parts()
+        self._lag_limits = dict.fromkeys(postgres_conf.LAG_LIMITS, 0)
         self._stop: StopMode | None = None
         self._reload = False
         self._may_interrupt = False
@@ -151,6 +153,7 @@ class Supervisor:
 
     def _start(self, progress: Progress) -> None:
         spec, parts = self._spec, self._parts
+        feedback_file.create(spec.feedback_file)
         if spec.safekeepers and not spec.read_only:
             # First of all: its election goes on while we look for our own things.
             parts.proposer = ProposerProcess.start(spec)
@@ -197,8 +200,17 @@ class Supervisor:
                 self._pageserver.callmemaybe()
         if parts.proposer is None and not spec.read_only:
             # A pageserver that was restarted does not know of us until it is called.
-            parts.calls = Periodic("calling the pageserver", _TICK, self._pageserver.callmemaybe)
+            # And it cannot tell us by the replication protocol all that it reports to safekeepers.
+            parts.calls = Periodic(
+                "calling the pageserver",
+                _TICK,
+                partial(self._call_pageserver, FeedbackFile(spec.feedback_file)),
+            )
             parts.calls.start()
+
+    def _call_pageserver(self, file: FeedbackFile) -> None:
+        self._pageserver.callmemaybe()
+        file.write(self._pageserver.feedback(), feedback_file.NO_LIMIT)
 
     @contextlib.contextmanager
     def _interruptible(self) -> Iterator[None]:
@@ -248,6 +260,7 @@ class Supervisor:
             },
             prepared=len(list((spec.pgdata / "pg_twophase").iterdir())),
             library=modules.zenith,
+            feedback_file=spec.feedback_file,
         )
         arguments = ["-c", f"config_file={spec.state_dir / 'postgresql.conf'}"]
         for name, value in postgres_conf.command_line(settings, node).items():
@@ -264,15 +277,18 @@ class Supervisor:
                 pageserver=spec.pageserver_pg,
                 tenant_id=spec.tenant_id,
                 timeline_id=spec.timeline_id,
+                extension_dir=modules.zenith.parent,
             ),
         }
 
     def _set_limits(self, settings: dict[str, str]) -> None:
+        """Tell the walproposer the limits; a value that Postgres refuses changes nothing."""
         assert self._parts.proposer is not None
-        self._parts.proposer.set_limits(
-            postgres_conf.size_limit(settings, "max_replication_write_lag"),
-            postgres_conf.size_limit(settings, "max_replication_flush_lag"),
-        )
+        for name in self._lag_limits:
+            limit = postgres_conf.size_limit(settings, name)
+            if limit is not None:
+                self._lag_limits[name] = limit
+        self._parts.proposer.set_limits(*self._lag_limits.values())
 
     # While it runs
 
@@ -344,6 +360,10 @@ class Supervisor:
         trouble = ""
         if parts.calls is not None:
             parts.calls.stop(_THREAD_TIMEOUT)
+        if parts.proposer is not None and mode is StopMode.FAST:
+            # A walsender does not end before all it has sent is acknowledged.
+            with contextlib.suppress(ProposerError):
+                parts.proposer.set_limits(0, 0, 0)
         if parts.postgres is not None:
             trouble = self._stop_postgres(parts.postgres, mode)
             spare = [] if parts.proposer is None else [parts.proposer.pid]

@@ -10,7 +10,11 @@ from zenith_utils.ids import TenantId, TimelineId
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Settings of a walproposer; `pgdata` is the compute's data directory (its WAL is read)."""
+    """Settings of a walproposer.
+
+    `pgdata` is the compute's data directory (its WAL is read), `feedback_file` tells Postgres what
+    the pageserver reports (feedback_file.pyx).
+    """
 
     tenant_id: TenantId
     timeline_id: TimelineId
@@ -19,6 +23,7 @@ class Config:
     pgdata: Path | None
     pg_version: int = 0
     drain_timeout: float = 10.0
+    feedback_file: Path | None = None
 
     @property
     def session_options(self) -> str:

@@ -15,8 +15,9 @@ Events (LSNs as text, ``X/X``):
 Commands:
 - ``{"cmd": "start", "host": "...", "port": n, "user": "...", "start_lsn": "X/X"}``: after
   "elected", when Postgres has been started on the state at this LSN.
-- ``{"cmd": "limits", "max_write_lag": n, "max_flush_lag": n}``: acknowledge no further than this
-  many bytes beyond what the pageserver has received, or made durable; 0 is no limit.
+- ``{"cmd": "limits", "max_write_lag": n, "max_flush_lag": n, "max_apply_lag": n}``: acknowledge no
+  further than this many bytes beyond what the pageserver has received, made durable, or uploaded;
+  0 is no limit.
 
 The end of stdin means that the supervisor is gone, and ends the process (once Postgres has ended,
 it finishes its work first).

@@ -255,8 +255,12 @@ class Proposer(Quorum):
 
     @property
     def feedback(self) -> ZenithFeedback:
-        """Feedback of the pageserver that has received most."""
-        return max((peer.feedback for peer in self.peers), key=lambda f: f.ps_writelsn)
+        """Feedback of the pageserver that has received most.
+
+        A safekeeper that it has left repeats what it heard last: the newest report counts.
+        """
+        feedbacks = (peer.feedback for peer in self.peers)
+        return max(feedbacks, key=lambda f: (f.ps_writelsn, f.ps_replytime))
 
     # ---- messages
 

@@ -47,6 +47,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> Config:
     add("--pgdata", type=Path, help="data directory of Postgres, whose pg_wal helps laggards")
     add("--pg-version", type=int, default=0, help="server version number, as 150018")
     add("--drain-timeout", type=float, default=10.0, help="seconds to push the last WAL")
+    add("--feedback-file", type=Path, help="where Postgres finds what the pageserver reports")
     args = parser.parse_args(argv)
     return Config(
         args.tenant,
@@ -56,6 +57,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> Config:
         args.pgdata,
         args.pg_version,
         args.drain_timeout,
+        args.feedback_file,
     )
 
 

@@ -14,7 +14,9 @@ from collections.abc import Iterable
 from enum import IntEnum
 from typing import Any, Final
 
+from compute_tools.feedback_file import FeedbackFile
 from compute_tools.walproposer._xlog_stream import StreamError
+from compute_tools.walproposer.backpressure import Backpressure, LagLimits
 from compute_tools.walproposer.config import Config
 from compute_tools.walproposer.control import ControlChannel, ControlError
 from compute_tools.walproposer.core import (
@@ -32,17 +34,18 @@ from compute_tools.walproposer.postgres import PostgresStream
 from compute_tools.walproposer.postgres_stream import PostgresAddress
 from compute_tools.walproposer.safekeepers import SafekeeperPool
 from zenith_utils.lsn import Lsn, LsnParseError, lsn_text
-from zenith_utils.safekeeper_messages import NO_FEEDBACK
 
 logger = logging.getLogger(__name__)
 
 _TICK: Final = 1.0
 _RETRY_POLL: Final = 0.05
 _DRAIN_POLL: Final = 0.02
+# Safekeepers pass a pageserver's report on with their answers: while commits wait for nothing else,
+# there would be none without being asked.
+_FEEDBACK_POLL: Final = 0.02
 _DRAIN_QUIET: Final = 0.2
 _GOODBYE: Final = 2.0
 _RECOVERY_STUCK: Final = 5.0
-_NO_LIMIT: Final = (1 << 64) - 1
 _CAMPAIGN_PAUSE: Final = (0.02, 0.2)
 
 
@@ -77,12 +80,14 @@ class Walproposer:
         self._relay = self._pool.relay
         self._postgres: PostgresStream | None = None
         self._told_elected = False
-        self._write_lag = self._flush_lag = 0
+        file = config.feedback_file
+        self._backpressure = Backpressure(None if file is None else FeedbackFile(file))
         self._status: object = None
         self._campaign_at: float | None = None
         self._progress: object = None
         self._progress_at = 0.0
         self._next_tick = 0.0
+        self._ask_at = 0.0
         self._drain_deadline: float | None = None
         self._drain_clean = False
         self._goodbye_deadline: float | None = None
@@ -127,6 +132,10 @@ class Walproposer:
             more = pool.pump(self._end_lsn(), now)
         if core.commit_lsn > relay.told_commit and (not busy or not self._told_elected):
             pool.heartbeat()
+        held = core.commit_lsn > relay.limit_lsn
+        if held and now >= self._ask_at:
+            self._ask_at = now + _FEEDBACK_POLL
+            pool.heartbeat()
         if now >= self._next_tick:
             self._next_tick = now + _TICK
             self._tick(now)
@@ -138,7 +147,7 @@ class Walproposer:
             return _DRAIN_POLL
         if away or not self._told_elected or self._pump_waits():
             return _RETRY_POLL
-        return max(0.0, self._next_tick - now)
+        return max(0.0, min(self._next_tick, self._ask_at if held else self._next_tick) - now)
 
     def _pump_waits(self) -> bool:
         end = self._end_lsn()
@@ -158,6 +167,7 @@ class Walproposer:
             pool.heartbeat()
         # Also tells the walsender that we live while it cannot send.
         self._relay.report(force=True)
+        self._backpressure.tick(now, core.commit_lsn)
         status = core.commit_lsn, core.feedback
         if self._told_elected and status != self._status:
             self._status = status
@@ -238,8 +248,7 @@ class Walproposer:
             if name == "start":
                 self._start(command)
             elif name == "limits":
-                self._write_lag = int(command.get("max_write_lag", 0))
-                self._flush_lag = int(command.get("max_flush_lag", 0))
+                self._backpressure.set_limits(_lag_limits(command))
                 self._set_limit()
             else:
                 raise ControlError(f"unknown command {command!r}")
@@ -253,6 +262,8 @@ class Walproposer:
         except (KeyError, TypeError, ValueError, LsnParseError) as e:
             raise ControlError(f"malformed command {command!r}: {e}") from e
         self._pool.perform(self._core.start(start_lsn))
+        self._backpressure.start(start_lsn)
+        self._set_limit()
         self._postgres = PostgresStream(
             self._loop, self._relay, address, self._core.epoch_start_lsn, self
         )
@@ -283,13 +294,7 @@ class Walproposer:
 
     def _set_limit(self) -> None:
         """Hold acknowledgements back while the pageserver is too far behind."""
-        limit, feedback = _NO_LIMIT, self._core.feedback
-        if feedback != NO_FEEDBACK:
-            if self._write_lag:
-                limit = min(limit, feedback.ps_writelsn + self._write_lag)
-            if self._flush_lag:
-                limit = min(limit, feedback.ps_flushlsn + self._flush_lag)
-        self._relay.limit_lsn = limit
+        self._relay.limit_lsn = self._backpressure.update(self._core.feedback)
 
     # ---- the end
 
@@ -315,3 +320,14 @@ class Walproposer:
                 logger.warning("gave up pushing the last WAL: no quorum of safekeepers")
             self._goodbye_deadline = now + _GOODBYE
             pool.say_goodbye()
+
+
+def _lag_limits(command: dict[str, Any]) -> LagLimits:
+    try:
+        return LagLimits(
+            int(command["max_write_lag"]),
+            int(command["max_flush_lag"]),
+            int(command["max_apply_lag"]),
+        )
+    except (KeyError, TypeError, ValueError) as e:
+        raise ControlError(f"malformed command {command!r}: {e!r}") from e
