@@ -240,6 +240,10 @@ class Proposer(Quorum):
         """The highest generation known to be established; the ones below do not matter."""
         return self.membership.generation if self.established else self._known_established
 
+    def awaits_greeting(self, index: int) -> bool:
+        """Whether a safekeeper has not answered a greeting yet."""
+        return bool(self._standings[index].asked)
+
     def sources(self, index: int) -> list[int]:
         """Safekeepers that hold the WAL at a peer's next_lsn in our term, the best one first."""
         position = self.peers[index].next_lsn
@@ -281,7 +285,7 @@ class Proposer(Quorum):
         if not standing.asked:
             raise MessageError("a greeting that answers nothing")
         answered = standing.asked.popleft()
-        if not message.recovering:
+        if not message.recovering and message.term <= self.term:
             standing.answered = answered
         peer.term = max(peer.term, message.term)
         if self.phase is not Phase.CAMPAIGN:
@@ -455,6 +459,8 @@ class Proposer(Quorum):
         elected = ProposerElected(
             self.term, start, self.history, self.membership.generation, recovered_lsn
         )
+        # What it confirms to us from here on, it confirms as a follower.
+        self._standings[index].answered = 0
         actions: list[Action] = [Send(index, elected), Announced(index)]
         if any(standing.readmission for standing in self._standings):
             actions.append(self._greet(index))
