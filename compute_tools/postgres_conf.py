@@ -88,7 +88,8 @@ class Node:
 
     `standby_name` is whom commits wait for, None on a read-only node. `tracked` are the limits
     (TRACKED_LIMITS) that the WAL up to here was written with, `prepared` counts the prepared
-    transactions, `library` is the preload library.
+    transactions, `library` is the preload library. `primary_conninfo` is where a hot standby gets
+    its WAL, empty on other nodes.
     """
 
     pgdata: Path
@@ -98,6 +99,7 @@ class Node:
     tracked: Mapping[str, int]
     prepared: int
     library: Path
+    primary_conninfo: str = ""
 
 
 def parse_line(line: str) -> tuple[str, str] | None:
@@ -171,8 +173,10 @@ def command_line(settings: Mapping[str, str], node: Node) -> dict[str, str]:
         forced["zenith.read_only_node"] = "on"
         forced["synchronous_standby_names"] = ""
         forced["hot_standby"] = "on"
-        # It stands at its LSN: no WAL is to be got from anywhere.
-        forced["primary_conninfo"] = forced["restore_command"] = ""
+        # WAL comes from the safekeepers alone; where the node stands at its LSN, from nowhere.
+        forced["primary_conninfo"] = node.primary_conninfo
+        forced["primary_slot_name"] = forced["restore_command"] = ""
+        forced["wal_receiver_create_temp_slot"] = "off"
     else:
         forced["synchronous_standby_names"] = node.standby_name
         if node.safekeepers and settings.get("wal_keep_size") == _KEEP_FOR_EVER:

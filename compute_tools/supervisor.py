@@ -32,6 +32,11 @@ from compute_tools.postgres_process import (
 )
 from compute_tools.proposer_process import ProposerError, ProposerProcess
 from compute_tools.spec import ComputeSpec
+from compute_tools.standby_start import (
+    StandbyStartError,
+    find_standby_start,
+    primary_conninfo,
+)
 from pgxn.build import ModuleBuildError, PgModules, build_modules
 from postgres_ffi.control_file import parse_control_file
 from postgres_ffi.distrib import DistribError, find_distrib
@@ -57,6 +62,7 @@ _START_ERRORS = (
     PageserverError,
     PostgresError,
     ProposerError,
+    StandbyStartError,
     datadir.DatadirError,
 )
 
@@ -161,7 +167,8 @@ class Supervisor:
             datadir.recover_swap(spec.pgdata, spec.state_dir)
             distrib = find_distrib(spec.distrib_dir)
             modules = build_modules(distrib)
-            base_lsn = self._choose_lsn(progress)
+            replay = find_standby_start(spec, distrib.version) if spec.hot_standby else None
+            base_lsn = self._choose_lsn(progress) if replay is None else replay.lsn
             progress(
                 "Extracting base backup to create postgres instance: "
                 f"path={spec.pgdata} port={spec.port}"
@@ -175,7 +182,9 @@ class Supervisor:
         )
         parts.renewal.start()
         with self._interruptible():
-            prepared = datadir.prepare(backup, spec.pgdata, spec.state_dir, standby=spec.read_only)
+            prepared = datadir.prepare(
+                backup, spec.pgdata, spec.state_dir, standby=spec.read_only, replay=replay
+            )
             del backup
             datadir.swap_in(prepared, spec.pgdata, spec.state_dir)
             progress(
@@ -248,6 +257,7 @@ class Supervisor:
             },
             prepared=len(list((spec.pgdata / "pg_twophase").iterdir())),
             library=modules.zenith,
+            primary_conninfo=primary_conninfo(spec) if spec.hot_standby else "",
         )
         arguments = ["-c", f"config_file={spec.state_dir / 'postgresql.conf'}"]
         for name, value in postgres_conf.command_line(settings, node).items():

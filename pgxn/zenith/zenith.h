@@ -7,6 +7,7 @@
  *   cancelled_read.c   a query cancelled while it waits for the pageserver is reported as cancelled
  *   fsm_log.c      background worker that carries the free space map into the WAL
  *   fsm_source.c   which free space map pages may have changed
+ *   standby_snapshot.c  places in the WAL where a hot standby can begin
  *   read_only.c    a read-only node stays one
  */
 #ifndef ZENITH_H
@@ -61,6 +62,9 @@ extern void read_only_init(void);
 /* fsm_log.c */
 extern void fsm_log_init(void);
 extern PGDLLEXPORT void zenith_fsm_log_main(Datum argument);
+
+/* standby_snapshot.c */
+extern void standby_snapshot_log(void);
 
 /* fsm_source.c */
 typedef struct FsmBlock
