@@ -146,9 +146,7 @@ def _by_progress(spec: ComputeSpec, reasons: list[str]) -> list[tuple[str, int]]
     return [address for _, address in sorted(known, reverse=True)]
 
 
-def _search(
-    address: tuple[str, int], spec: ComputeSpec, version: PgVersion
-) -> StandbyStart | None:
+def _search(address: tuple[str, int], spec: ComputeSpec, version: PgVersion) -> StandbyStart | None:
     """The last place with a whole snapshot, as far back as there is WAL; else the last of all."""
     with _connect(address, spec) as conn:
         last = segment_start(_flush_lsn(conn))

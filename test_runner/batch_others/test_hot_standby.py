@@ -18,9 +18,7 @@ SETTINGS = ["max_prepared_transactions = 5"]
 
 def standby_of(env: ZenithEnv, branch: str, name: str, *lines: str) -> Postgres:
     """A new, running hot standby of a branch."""
-    return env.postgres.create_start(
-        branch, node_name=name, hot_standby=True, config_lines=lines
-    )
+    return env.postgres.create_start(branch, node_name=name, hot_standby=True, config_lines=lines)
 
 
 def catch_up(standby: Postgres, primary: Postgres) -> None:
@@ -165,7 +163,7 @@ CREATE MATERIALIZED VIEW seen AS SELECT count(*) FROM cold;
 UPDATE cold SET v = 'touched' WHERE k % 7 = 0;
 VACUUM (FREEZE) changed;
 CREATE SEQUENCE numbers;
-SELECT nextval('numbers') FROM generate_series(1, 100)
+SELECT setval('numbers', 50)
 """
 
 
@@ -238,6 +236,36 @@ def test_survives_kills(zenith_env_builder: ZenithEnvBuilder, pg_bin: PgBin) -> 
         check_written(standby, writer)
     same_dump(standby, main, pg_bin)
     assert standby.status() == "running"
+
+
+def test_vacuum_spares_what_a_standby_reads(zenith_env_builder: ZenithEnvBuilder) -> None:
+    """The primary knows how old the oldest query on a standby is, and when it is over."""
+    zenith_env_builder.num_safekeepers = 1
+    env = zenith_env_builder.init_start()
+    main = env.postgres.create_start("main")
+    main.safe_psql("CREATE TABLE t AS SELECT i FROM generate_series(1, 1000) i")
+    standby = standby_of(env, "main", "replica", "max_standby_streaming_delay = 100ms")
+
+    def horizon() -> int | None:
+        held = main.safe_psql("SELECT xmin::text::int FROM pg_replication_slots")[0][0]
+        return None if held is None else int(held)
+
+    reader = standby.connect(autocommit=False)
+    with reader.cursor() as cursor:
+        cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        cursor.execute("SELECT count(*), txid_snapshot_xmin(txid_current_snapshot()) FROM t")
+        count, oldest = cursor.fetchone()
+        wait_until(lambda: horizon() == oldest, what="the standby's xmin to reach the primary")
+        main.safe_psql("DELETE FROM t")
+        main.safe_psql("VACUUM t")
+        catch_up(standby, main)
+        cursor.execute("SELECT count(*) FROM t")
+        assert cursor.fetchone()[0] == count == 1000
+    reader.rollback()
+    wait_until(lambda: (horizon() or 0) > oldest, what="the xmin to move on")
+    reader.close()
+    standby.stop()
+    wait_until(lambda: horizon() is None, what="the xmin to be given up")
 
 
 def test_refusals(zenith_env_builder: ZenithEnvBuilder) -> None:
