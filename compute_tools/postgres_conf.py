@@ -184,6 +184,14 @@ def command_line(settings: Mapping[str, str], node: Node) -> dict[str, str]:
     return forced | _limits(settings, node)
 
 
+def limits_in_use(settings: Mapping[str, str], forced: Mapping[str, str]) -> dict[str, int]:
+    """The values of TRACKED_LIMITS that a server runs with; `forced` is its command line."""
+    return {
+        name: _integer(forced.get(name, settings.get(name)), _POSTGRES_DEFAULTS[name])
+        for name in TRACKED_LIMITS
+    }
+
+
 def size_limit(settings: Mapping[str, str], name: str) -> int:
     """A size whose unit is MB unless it says otherwise, in bytes; 0 means no limit."""
     match = _SIZE.fullmatch(settings.get(name, ""))

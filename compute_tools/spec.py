@@ -20,7 +20,8 @@ class ComputeSpec:
 
     `pgdata` is Postgres' data directory and holds the user's postgresql.conf; `state_dir` is the
     supervisor's own (block map, generated settings, pid file). `lsn` makes the node read-only at
-    exactly that LSN; `hot_standby` makes it a read-only one that follows the timeline. With `safekeepers` empty the pageserver itself acknowledges commits.
+    exactly that LSN; `hot_standby` makes it a read-only one that follows the timeline. With
+    `safekeepers` empty the pageserver itself acknowledges commits.
     """
 
     tenant_id: TenantId

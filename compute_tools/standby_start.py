@@ -62,7 +62,7 @@ class StandbyStart:
     lsn: Lsn
     oldest_running_xid: int | None
     overflowed: bool = False
-    committed_lsn: Lsn = Lsn(0)
+    committed_lsn: int = 0
 
 
 def replication_options(spec: ComputeSpec) -> str:
@@ -165,7 +165,7 @@ def _search(address: tuple[str, int], spec: ComputeSpec, version: PgVersion) -> 
         found = list(places(records))
         whole = [place for place in found if not place.overflowed]
         if found:
-            best = replace((whole or found)[-1], committed_lsn=Lsn(committed_lsn))
+            best = replace((whole or found)[-1], committed_lsn=committed_lsn)
         if whole:
             break
     return best

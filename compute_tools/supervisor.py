@@ -38,7 +38,7 @@ from compute_tools.standby_start import (
     primary_conninfo,
 )
 from pgxn.build import ModuleBuildError, PgModules, build_modules
-from postgres_ffi.control_file import parse_control_file
+from postgres_ffi.control_file import ControlFileError, parse_control_file
 from postgres_ffi.distrib import DistribError, find_distrib
 from zenith_utils.lsn import Lsn
 from zenith_utils.os_user import OsUserError
@@ -102,6 +102,7 @@ class Supervisor:
         self._config = ConfigFiles(spec.pgdata, spec.state_dir / "postgresql.conf")
         self._watch = DirectoryWatch()
         self._parts = _Parts()
+        self._limits: dict[str, int] = {}
         self._stop: StopMode | None = None
         self._reload = False
         self._may_interrupt = False
@@ -260,7 +261,9 @@ class Supervisor:
             primary_conninfo=primary_conninfo(spec) if spec.hot_standby else "",
         )
         arguments = ["-c", f"config_file={spec.state_dir / 'postgresql.conf'}"]
-        for name, value in postgres_conf.command_line(settings, node).items():
+        forced = postgres_conf.command_line(settings, node)
+        self._limits = postgres_conf.limits_in_use(settings, forced)
+        for name, value in forced.items():
             arguments += ["-c", f"{name}={value}"]
         return arguments
 
@@ -324,6 +327,24 @@ class Supervisor:
                 return ended
         if self._spec.read_only and not (self._spec.pgdata / "standby.signal").exists():
             return "the read-only node was promoted: it would diverge from its timeline"
+        return self._why_standby_waits() if self._spec.hot_standby else None
+
+    def _why_standby_waits(self) -> str | None:
+        """Replay waits for ever where the primary's settings allow more than the standby's.
+
+        pg_control has the primary's as of the last record replayed.
+        """
+        try:
+            data = (self._spec.pgdata / "global/pg_control").read_bytes()
+            control = parse_control_file(data)
+        except ControlFileError:
+            return None  # read while it was written
+        for name, field in postgres_conf.TRACKED_LIMITS.items():
+            if control.field(field) > self._limits[name]:
+                return (
+                    f"the read-write node now has {name} = {control.field(field)}, this hot "
+                    f"standby {self._limits[name]}: start it again, it takes the setting over"
+                )
         return None
 
     def _own_children(self) -> set[int]:

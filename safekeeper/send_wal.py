@@ -1,4 +1,4 @@
-"""START_REPLICATION: streaming WAL to pageservers, hot standbys and, for recovery, a walproposer."""
+"""START_REPLICATION: WAL for pageservers, hot standbys and, for recovery, a walproposer."""
 
 from __future__ import annotations
 

@@ -221,11 +221,10 @@ def test_survives_kills(zenith_env_builder: ZenithEnvBuilder, pg_bin: PgBin) -> 
     main = env.postgres.create_start("main")
     with Writer(main) as writer:
         standby = standby_of(env, "main", "replica")
-        for _ in range(2):
-            main.kill()
-            main.start()
-            writer.wait_for_more()
-            check_written(standby, writer)
+        main.kill()
+        main.start()
+        writer.wait_for_more()
+        check_written(standby, writer)
         for safekeeper in env.safekeepers:
             safekeeper.stop(immediate=True)
             writer.wait_for_more()
@@ -266,6 +265,23 @@ def test_vacuum_spares_what_a_standby_reads(zenith_env_builder: ZenithEnvBuilder
     reader.close()
     standby.stop()
     wait_until(lambda: horizon() is None, what="the xmin to be given up")
+
+
+def test_primary_raises_a_limit(zenith_env_builder: ZenithEnvBuilder) -> None:
+    """A standby that cannot go on with its settings ends, and takes the new ones over."""
+    zenith_env_builder.num_safekeepers = 1
+    env = zenith_env_builder.init_start()
+    main = env.postgres.create_start("main")
+    standby = standby_of(env, "main", "replica")
+    main.stop()
+    main.config(["max_connections = 150"]).start()
+    standby.wait_crashed()
+    reason = (standby.state_dir() / "state.json").read_text()
+    assert "max_connections = 150, this hot standby 100" in reason
+    main.safe_psql("CREATE TABLE t AS SELECT 1 AS i")
+    standby.start()
+    catch_up(standby, main)
+    assert standby.safe_psql("SELECT i FROM t") == [(1,)]
 
 
 def test_refusals(zenith_env_builder: ZenithEnvBuilder) -> None:
