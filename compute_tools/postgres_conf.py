@@ -98,7 +98,8 @@ class Node:
     `standby_name` is whom commits wait for, None on a read-only node. `tracked` are the limits
     (TRACKED_LIMITS) that the WAL up to here was written with, `prepared` counts the prepared
     transactions, `library` is the preload library, `feedback_file` is where it finds what the
-    pageserver reports.
+    pageserver reports. `primary_conninfo` is where a hot standby gets its WAL, empty on other
+    nodes.
     """
 
     pgdata: Path
@@ -109,6 +110,7 @@ class Node:
     prepared: int
     library: Path
     feedback_file: Path
+    primary_conninfo: str = ""
 
 
 def parse_line(line: str) -> tuple[str, str] | None:
@@ -183,13 +185,23 @@ def command_line(settings: Mapping[str, str], node: Node) -> dict[str, str]:
         forced["zenith.read_only_node"] = "on"
         forced["synchronous_standby_names"] = ""
         forced["hot_standby"] = "on"
-        # It stands at its LSN: no WAL is to be got from anywhere.
-        forced["primary_conninfo"] = forced["restore_command"] = ""
+        # WAL comes from the safekeepers alone; where the node stands at its LSN, from nowhere.
+        forced["primary_conninfo"] = node.primary_conninfo
+        forced["primary_slot_name"] = forced["restore_command"] = ""
+        forced["wal_receiver_create_temp_slot"] = "off"
     else:
         forced["synchronous_standby_names"] = node.standby_name
         if node.safekeepers and settings.get("wal_keep_size") == _KEEP_FOR_EVER:
             forced["wal_keep_size"] = _KEEP_SIZE
     return forced | _limits(settings, node)
+
+
+def limits_in_use(settings: Mapping[str, str], forced: Mapping[str, str]) -> dict[str, int]:
+    """The values of TRACKED_LIMITS that a server runs with; `forced` is its command line."""
+    return {
+        name: _integer(forced.get(name, settings.get(name)), _POSTGRES_DEFAULTS[name])
+        for name in TRACKED_LIMITS
+    }
 
 
 def size_limit(settings: Mapping[str, str], name: str) -> int | None:

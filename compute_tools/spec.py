@@ -20,7 +20,8 @@ class ComputeSpec:
 
     `pgdata` is Postgres' data directory and holds the user's postgresql.conf; `state_dir` is the
     supervisor's own (block map, generated settings, pid file). `lsn` makes the node read-only at
-    exactly that LSN. With `safekeepers` empty the pageserver itself acknowledges commits.
+    exactly that LSN; `hot_standby` makes it a read-only one that follows the timeline. With
+    `safekeepers` empty the pageserver itself acknowledges commits.
     """
 
     tenant_id: TenantId
@@ -33,13 +34,14 @@ class ComputeSpec:
     port: int
     safekeepers: tuple[tuple[str, int], ...] = ()
     lsn: Lsn | None = None
+    hot_standby: bool = False
     superuser: str = "zenith_admin"
     stop_timeout: float = 20.0
 
     @property
     def read_only(self) -> bool:
-        """Whether the node stands at a fixed LSN."""
-        return self.lsn is not None
+        """Whether the node writes no WAL: it stands at an LSN, or follows others' WAL."""
+        return self.lsn is not None or self.hot_standby
 
     @property
     def feedback_file(self) -> Path:
@@ -64,6 +66,7 @@ class ComputeSpec:
             "port": self.port,
             "safekeepers": self.safekeepers,
             "lsn": None if self.lsn is None else str(self.lsn),
+            "hot_standby": self.hot_standby,
             "superuser": self.superuser,
             "stop_timeout": self.stop_timeout,
         }
@@ -85,6 +88,7 @@ class ComputeSpec:
                 port=int(fields["port"]),
                 safekeepers=tuple(_address(a) for a in fields["safekeepers"]),
                 lsn=None if fields["lsn"] is None else Lsn.parse(fields["lsn"]),
+                hot_standby=bool(fields["hot_standby"]),
                 superuser=fields["superuser"],
                 stop_timeout=float(fields["stop_timeout"]),
             )

@@ -33,8 +33,13 @@ from compute_tools.postgres_process import (
 )
 from compute_tools.proposer_process import ProposerError, ProposerProcess
 from compute_tools.spec import ComputeSpec
+from compute_tools.standby_start import (
+    StandbyStartError,
+    find_standby_start,
+    primary_conninfo,
+)
 from pgxn.build import ModuleBuildError, PgModules, build_modules
-from postgres_ffi.control_file import parse_control_file
+from postgres_ffi.control_file import ControlFileError, parse_control_file
 from postgres_ffi.distrib import DistribError, find_distrib
 from zenith_utils.lsn import Lsn
 from zenith_utils.os_user import OsUserError
@@ -58,6 +63,7 @@ _START_ERRORS = (
     PageserverError,
     PostgresError,
     ProposerError,
+    StandbyStartError,
     datadir.DatadirError,
 )
 
@@ -98,6 +104,7 @@ class Supervisor:
         self._watch = DirectoryWatch()
         self._parts = _Parts()
         self._lag_limits = dict.fromkeys(postgres_conf.LAG_LIMITS, 0)
+        self._limits: dict[str, int] = {}
         self._stop: StopMode | None = None
         self._reload = False
         self._may_interrupt = False
@@ -164,7 +171,8 @@ class Supervisor:
             datadir.recover_swap(spec.pgdata, spec.state_dir)
             distrib = find_distrib(spec.distrib_dir)
             modules = build_modules(distrib)
-            base_lsn = self._choose_lsn(progress)
+            replay = find_standby_start(spec, distrib.version) if spec.hot_standby else None
+            base_lsn = self._choose_lsn(progress) if replay is None else replay.lsn
             progress(
                 "Extracting base backup to create postgres instance: "
                 f"path={spec.pgdata} port={spec.port}"
@@ -178,7 +186,9 @@ class Supervisor:
         )
         parts.renewal.start()
         with self._interruptible():
-            prepared = datadir.prepare(backup, spec.pgdata, spec.state_dir, standby=spec.read_only)
+            prepared = datadir.prepare(
+                backup, spec.pgdata, spec.state_dir, standby=spec.read_only, replay=replay
+            )
             del backup
             datadir.swap_in(prepared, spec.pgdata, spec.state_dir)
             progress(
@@ -261,9 +271,12 @@ class Supervisor:
             prepared=len(list((spec.pgdata / "pg_twophase").iterdir())),
             library=modules.zenith,
             feedback_file=spec.feedback_file,
+            primary_conninfo=primary_conninfo(spec) if spec.hot_standby else "",
         )
         arguments = ["-c", f"config_file={spec.state_dir / 'postgresql.conf'}"]
-        for name, value in postgres_conf.command_line(settings, node).items():
+        forced = postgres_conf.command_line(settings, node)
+        self._limits = postgres_conf.limits_in_use(settings, forced)
+        for name, value in forced.items():
             arguments += ["-c", f"{name}={value}"]
         return arguments
 
@@ -330,6 +343,24 @@ class Supervisor:
                 return ended
         if self._spec.read_only and not (self._spec.pgdata / "standby.signal").exists():
             return "the read-only node was promoted: it would diverge from its timeline"
+        return self._why_standby_waits() if self._spec.hot_standby else None
+
+    def _why_standby_waits(self) -> str | None:
+        """Replay waits for ever where the primary's settings allow more than the standby's.
+
+        pg_control has the primary's as of the last record replayed.
+        """
+        try:
+            data = (self._spec.pgdata / "global/pg_control").read_bytes()
+            control = parse_control_file(data)
+        except ControlFileError:
+            return None  # read while it was written
+        for name, field in postgres_conf.TRACKED_LIMITS.items():
+            if control.field(field) > self._limits[name]:
+                return (
+                    f"the read-write node now has {name} = {control.field(field)}, this hot "
+                    f"standby {self._limits[name]}: start it again, it takes the setting over"
+                )
         return None
 
     def _own_children(self) -> set[int]:

@@ -38,13 +38,23 @@ STOP_TIMEOUT = 20.0
 _STOP_GRACE = 45.0
 _SAFEKEEPER_PORT = 5454
 _POLL = 0.01
+# Of a new hot standby. The primary keeps what its queries need; the loss of a safekeeper is noticed
+# soon, and the next one asked at once.
+_STANDBY_SETTINGS = {
+    "hot_standby_feedback": "on",
+    "wal_receiver_status_interval": "1s",
+    "wal_receiver_timeout": "10s",
+    "wal_retrieve_retry_interval": "200ms",
+}
 _NODE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 _PLAIN_VALUE = re.compile(r"\d+(?:B|kB|MB|GB|TB|us|ms|s|min|h|d)?|[A-Za-z_]\w*", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """A node that has been created; `lsn` is set on a read-only one.
+    """A node that has been created; `lsn` is set on one that stays at it, read-only.
+
+    `hot_standby` is set on a read-only one that follows its branch.
 
     `safekeepers` are the addresses in its wal_acceptors setting.
     """
@@ -56,6 +66,7 @@ class Compute:
     port: int
     lsn: Lsn | None
     safekeepers: tuple[tuple[str, int], ...]
+    hot_standby: bool = False
     stop_timeout: float = STOP_TIMEOUT
 
     @property
@@ -174,6 +185,7 @@ class Compute:
             port=self.port,
             safekeepers=self.safekeepers,
             lsn=self.lsn,
+            hot_standby=self.hot_standby,
             superuser=SUPERUSER,
             stop_timeout=self.stop_timeout,
         )
@@ -256,11 +268,17 @@ class ComputeControlPlane:
         timeline_id: TimelineId,
         lsn: Lsn | None,
         port: int | None,
+        *,
+        hot_standby: bool = False,
     ) -> Compute:
         """Create a node: a directory with its postgresql.conf. Raises ControlPlaneError.
 
         Commands at once do not get the same port, nor the same name.
         """
+        if hot_standby and not self._env.safekeepers:
+            raise ControlPlaneError(
+                "a hot standby gets its WAL from safekeepers, and this environment has none"
+            )
         with self._env.locked():
             if self.get(tenant_id, name) is not None:
                 raise ControlPlaneError(f"postgres {name} already exists")
@@ -272,6 +290,7 @@ class ComputeControlPlane:
                 port=self._free_port() if port is None else port,
                 lsn=lsn,
                 safekeepers=tuple(("localhost", s.pg_port) for s in self._env.safekeepers),
+                hot_standby=hot_standby,
             )
             _make_directory(compute.pgdata.parent)
             compute.pgdata.mkdir(mode=0o700, exist_ok=True)
@@ -317,6 +336,7 @@ class ComputeControlPlane:
                 port=int(settings["port"]),
                 lsn=None if lsn is None else Lsn.parse(lsn),
                 safekeepers=_safekeepers(settings),
+                hot_standby=settings.get("zenith.hot_standby") == "on",
                 stop_timeout=parse_duration(settings.get("zenith.stop_timeout", "20s")),
             )
         except (OSError, KeyError, ValueError, ControlPlaneError) as e:
@@ -346,6 +366,9 @@ def postgresql_conf(compute: Compute) -> str:
     }
     if compute.lsn is not None:
         settings["recovery_target_lsn"] = compute.lsn
+    if compute.hot_standby:
+        settings["zenith.hot_standby"] = "on"
+        settings |= _STANDBY_SETTINGS
     settings["max_replication_write_lag"] = "500MB"
     settings["max_replication_flush_lag"] = "10GB"
     if compute.safekeepers:

@@ -106,6 +106,12 @@ class Timeline:
         return self.acceptor.commit_lsn
 
     @property
+    def wal_begin_lsn(self) -> int:
+        """Where the WAL of the timeline begins; 0 while that is not known."""
+        history = self.acceptor.state.term_history
+        return history[0].lsn if history else 0
+
+    @property
     def wal_end(self) -> WalEnd:
         """Where WAL that the acceptor's log has accepted is written and flushed, under `lock`."""
         return self._storage.end

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from postgres_ffi.wal_format import WAL_SEGMENT_SIZE
 from safekeeper.callmemaybe import CallMeMaybe
 from safekeeper.control_file import ControlFileError
 from safekeeper.json_ctrl import append_logical_message, parse_request
@@ -29,9 +30,12 @@ from zenith_utils.postgres_backend import (
 from zenith_utils.postgres_connection import INT4_OID
 
 RECOVERY_APPLICATION = "wal_proposer_recovery"
+STANDBY_APPLICATION = "zenith_hot_standby"
 
 _PUSH = re.compile(r"START_WAL_PUSH(?: (?P<connstr>.+))?", re.DOTALL)
-_REPLICATE = re.compile(r"START_REPLICATION (?:PHYSICAL )?(?P<lsn>[0-9A-Fa-f]+/[0-9A-Fa-f]+)")
+_REPLICATE = re.compile(
+    r"START_REPLICATION (?:PHYSICAL )?(?P<lsn>[0-9A-Fa-f]+/[0-9A-Fa-f]+)(?: TIMELINE 1)?"
+)
 _JSON_CTRL = re.compile(r"JSON_CTRL(?: (?P<request>.*))?", re.DOTALL)
 _FIRST_PROPOSER_POLL = 1.0
 
@@ -137,6 +141,9 @@ class WalServiceHandler:
         if self._params.get("application_name") == RECOVERY_APPLICATION:
             self._recover(conn, timeline, start_lsn)
             return
+        if self._params.get("application_name") == STANDBY_APPLICATION:
+            self._feed_standby(conn, timeline, start_lsn)
+            return
         pageserver = self._required("pageserver_connstr", "pageserver_connstr is required")
         callmemaybe = self._service.callmemaybe
         self._wait_for_first_proposer(conn, timeline)
@@ -166,6 +173,18 @@ class WalServiceHandler:
         except ValueError as e:
             raise QueryError(f"invalid zterm {term!r}: expected a term number") from e
         WalSender(conn, timeline).stream_for_recovery(start_lsn, wanted)
+
+    def _feed_standby(self, conn: Connection, timeline: Timeline, start_lsn: int) -> None:
+        """Stream to a hot standby, which asks for whole segments (RequestXLogStreaming()).
+
+        Of the segment that the timeline begins in there is only the rest. A standby has the
+        headers of the pages before from its base backup, and takes what comes where it belongs.
+        """
+        begin = timeline.wal_begin_lsn
+        if start_lsn < begin and start_lsn // WAL_SEGMENT_SIZE == begin // WAL_SEGMENT_SIZE:
+            start_lsn = begin
+        WalSender(conn, timeline, standby=True).stream(start_lsn)
+        conn.send_command_complete()
 
     def _wait_for_first_proposer(self, conn: Connection, timeline: Timeline) -> None:
         """WAL has no known segment size before a proposer has told it."""

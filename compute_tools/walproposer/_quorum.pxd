@@ -13,6 +13,8 @@ cdef class Peer:
     cdef public uint64_t flush_lsn
     cdef public uint64_t commit_lsn
     cdef public object feedback
+    cdef public uint64_t standby_xmin
+    cdef public uint64_t standby_catalog_xmin
 
 
 cdef class Quorum:

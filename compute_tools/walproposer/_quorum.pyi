@@ -20,6 +20,8 @@ class Peer:
     flush_lsn: int
     commit_lsn: int
     feedback: ZenithFeedback
+    standby_xmin: int
+    standby_catalog_xmin: int
     def __init__(self) -> None: ...
 
 class Quorum:
@@ -37,4 +39,5 @@ class Quorum:
     def acknowledge(
         self, peer: Peer, term: int, flush_lsn: int, commit_lsn: int, feedback: ZenithFeedback
     ) -> bool: ...
+    def standby_horizon(self) -> tuple[int, int]: ...
     def append_header(self, begin_lsn: int, end_lsn: int) -> bytes: ...

@@ -13,7 +13,7 @@ from zenith_utils.unaligned cimport put64
 
 from enum import Enum
 
-from zenith_utils.safekeeper_messages import NO_FEEDBACK
+from zenith_utils.safekeeper_messages import NO_FEEDBACK, NO_XMIN
 
 cdef enum:
     TAG_APPEND = 0x61
@@ -40,12 +40,14 @@ cdef class Peer:
 
     next_lsn: first byte not sent yet in this session, meaningful while STREAMING; flush_lsn:
     durable there in our term, as far as we know, also valid while offline; commit_lsn: persisted
-    commit LSN as last reported in our term.
+    commit LSN as last reported in our term; standby_xmin, standby_catalog_xmin: the oldest
+    transactions that its hot standbys need, with their epochs, NO_XMIN if none.
     """
 
     def __init__(self):
         self.state = _OFFLINE
         self.feedback = NO_FEEDBACK
+        self.standby_xmin = self.standby_catalog_xmin = NO_XMIN
 
 
 cdef class Quorum:
@@ -114,6 +116,17 @@ cdef class Quorum:
             if reached < generation.quorum:
                 return False
         return True
+
+    def standby_horizon(self):
+        """The oldest (xmin, catalog xmin) that hot standbys of connected safekeepers need."""
+        cdef Peer peer
+        cdef uint64_t xmin = <uint64_t> -1
+        cdef uint64_t catalog_xmin = <uint64_t> -1
+        for peer in self.peers:
+            if peer.state is _STREAMING:
+                xmin = min(xmin, peer.standby_xmin)
+                catalog_xmin = min(catalog_xmin, peer.standby_catalog_xmin)
+        return xmin, catalog_xmin
 
     cdef bint none_ahead(self) noexcept:
         """Whether the next commit needs news from as many peers as are a quorum.

@@ -168,6 +168,7 @@ class Walproposer:
         # Also tells the walsender that we live while it cannot send.
         self._relay.report(force=True)
         self._backpressure.tick(now, core.commit_lsn)
+        self._relay.report_standbys()
         status = core.commit_lsn, core.feedback
         if self._told_elected and status != self._status:
             self._status = status

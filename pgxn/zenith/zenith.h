@@ -9,6 +9,7 @@
  *   cluster_size.c over zenith.max_cluster_size relations do not grow
  *   fsm_log.c      background worker that carries the free space map into the WAL
  *   fsm_source.c   which free space map pages may have changed
+ *   standby_snapshot.c  places in the WAL where a hot standby can begin
  *   read_only.c    a read-only node stays one
  */
 #ifndef ZENITH_H
@@ -83,6 +84,9 @@ extern void assign_max_cluster_size(int newval, void *extra);
 /* fsm_log.c */
 extern void fsm_log_init(void);
 extern PGDLLEXPORT void zenith_fsm_log_main(Datum argument);
+
+/* standby_snapshot.c */
+extern void standby_snapshot_log(void);
 
 /* fsm_source.c */
 typedef struct FsmBlock
