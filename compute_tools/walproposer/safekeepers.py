@@ -8,6 +8,7 @@ back from pg_wal or from another safekeeper, so nobody's slowness costs memory.
 from __future__ import annotations
 
 import logging
+import math
 import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 _RETRY_FIRST: Final = 0.05
 _RETRY_MOST: Final = 1.0
+# A session that has lasted so long was a good one: after its end there is no reason to wait.
+_SETTLED: Final = 5.0
 _SILENCE: Final = 15.0
 _RECOVERY_RETRY: Final = 0.2
 _COPY_DONE: Final = b"c\0\0\0\4"
@@ -49,12 +52,25 @@ class Safekeeper(Member):
         self.connecting = False
         self.retry_at = 0.0
         self.retry_delay = _RETRY_FIRST
+        self.connected_at = math.inf
         self.heard_at = 0.0
         self.recovery: RecoveryReader | None = None
         self.recovery_at = 0.0
 
     def __str__(self) -> str:
         return f"safekeeper {self.address[0]}:{self.address[1]}"
+
+    def back_off(self, now: float) -> None:
+        """A session, or an attempt at one, is over: when to try again.
+
+        The pauses get longer until a session has lasted: one that accepts us and fails each time
+        (its disk is full) is not driven to do that as fast as it can.
+        """
+        if now - self.connected_at >= _SETTLED:
+            self.retry_delay = _RETRY_FIRST
+        self.connected_at = math.inf
+        self.retry_at = now + self.retry_delay
+        self.retry_delay = min(2 * self.retry_delay, _RETRY_MOST)
 
 
 class SafekeeperPool:
@@ -114,14 +130,13 @@ class SafekeeperPool:
         member.connecting = False
         if member.retry_delay == _RETRY_FIRST:
             logger.warning("cannot connect to %s, will keep trying: %s", member, reason)
-        member.retry_at = time.monotonic() + member.retry_delay
-        member.retry_delay = min(2 * member.retry_delay, _RETRY_MOST)
+        member.back_off(time.monotonic())
 
     def _connected(self, member: Safekeeper, sock: socket.socket, received: bytes) -> None:
         link = Link(self._loop, sock, self._core, member.index, self)
         member.connecting = False
         member.link = link
-        member.heard_at = time.monotonic()
+        member.connected_at = member.heard_at = time.monotonic()
         logger.info("connected to %s", member)
         self.perform(self._core.connected(member.index))
         try:
@@ -138,11 +153,8 @@ class SafekeeperPool:
         link.close()
         member.link = None
         self._stop_recovery(member)
-        was_streaming = member.peer.state is PeerState.STREAMING
         self._core.disconnected(member.index)
-        member.retry_delay = _RETRY_FIRST if was_streaming else max(member.retry_delay, 0.1)
-        member.retry_at = time.monotonic() + member.retry_delay
-        member.retry_delay = min(2 * member.retry_delay, _RETRY_MOST)
+        member.back_off(time.monotonic())
 
     def drop_silent(self, now: float) -> None:
         """End sessions that answer no heartbeats: the peer or the network is stuck."""
@@ -161,7 +173,6 @@ class SafekeeperPool:
     def on_message(self, link: Link, payload: bytes) -> None:
         """A safekeeper has sent something that is to be thought about. Raises MessageError."""
         member = self._member(link)
-        member.retry_delay = _RETRY_FIRST
         self.perform(self._core.receive(member.index, parse_acceptor_message(payload)))
 
     def on_link_error(self, link: Link, reason: str) -> None:

@@ -151,13 +151,10 @@ def test_disk_full(zenith_env_builder: ZenithEnvBuilder, test_output_dir: str) -
         writer.go_on()
         lsn = flush_lsn(pg)
         assert timelines(pg)[0].flush_lsn < lsn - segment
-        assert "No space left on device" in full.log_text()
-        connections = full.log_text().count("loaded timeline")
-        writer.go_on()
+        assert "failed: [Errno 28] No space left on device" in full.log_text()
         faults[0].set()
         timelines(pg)[0].wait_flushed(lsn)
         check_survives(pg, writer)
-    assert connections < 100
 
 
 def test_disk_that_does_not_sync(
