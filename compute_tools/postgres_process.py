@@ -131,7 +131,9 @@ class PostgresProcess:
             for pid in remaining:
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
-            reap_strangers(spare)
+                # By its id: one of the spared, dead and not waited for, would be in the way.
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, os.WNOHANG)
             time.sleep(_POLL)
         _remove_shared_memory(self._pgdata)
 

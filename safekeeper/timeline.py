@@ -256,7 +256,7 @@ class Timeline:
     def _fail(self, error: BaseException) -> None:
         """The acceptor is ahead of the disk now: never use it again."""
         self.failure = error
-        logger.error("timeline %s failed: %s", self.id, error)
+        logger.error("timeline %s in %s failed: %s", self.id, self.directory, error)
         self.wake_readers()
 
     def _update_metrics(self) -> None:

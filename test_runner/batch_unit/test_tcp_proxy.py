@@ -152,9 +152,10 @@ def test_refuse(proxy: TcpProxy) -> None:
 def test_server_away(proxy: TcpProxy, port_distributor: PortDistributor) -> None:
     """Whose server does not listen is reset."""
     proxy.target = ("127.0.0.1", port_distributor.get_port())
+    # The reset may come before the connection is known to be there.
     with (
-        socket.create_connection(("127.0.0.1", proxy.port), timeout=20) as sock,
         pytest.raises(ConnectionResetError),
+        socket.create_connection(("127.0.0.1", proxy.port), timeout=20) as sock,
     ):
         sock.recv(1)
 
