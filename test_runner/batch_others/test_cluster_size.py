@@ -149,7 +149,10 @@ def test_limit_without_the_pageserver(zenith_env_builder: ZenithEnvBuilder) -> N
     """A compute counts its own growth: the limit holds while the pageserver is away."""
     zenith_env_builder.num_safekeepers = 3
     env = zenith_env_builder.init_start()
-    pg = env.postgres.create_start("main", config_lines=[f"zenith.max_cluster_size={LIMIT}MB"])
+    pg = env.postgres.create_start(
+        "main",
+        config_lines=[f"zenith.max_cluster_size={LIMIT}MB", "max_replication_write_lag=-1"],
+    )
     pg.safe_psql("CREATE EXTENSION zenith")
     pg.safe_psql("CREATE TABLE big (i int, x text)")
     with contextlib.closing(pg.connect()) as connection, connection.cursor() as cursor:
