@@ -7,6 +7,7 @@ back from pg_wal or from another safekeeper, so nobody's slowness costs memory.
 
 from __future__ import annotations
 
+import math
 import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -31,8 +32,8 @@ from zenith_utils.safekeeper_messages import (
 
 _RETRY_FIRST: Final = 0.05
 _RETRY_MOST: Final = 1.0
-# A session that ends sooner has not worked: the next one waits longer.
-_WORKED: Final = 5.0
+# A session that has lasted so long was a good one: after its end there is no reason to wait.
+_SETTLED: Final = 5.0
 _SILENCE: Final = 15.0
 _RECOVERY_RETRY: Final = 0.2
 _COPY_DONE: Final = b"c\0\0\0\4"
@@ -48,7 +49,7 @@ class Safekeeper(Member):
         self.connecting = False
         self.retry_at = 0.0
         self.retry_delay = _RETRY_FIRST
-        self.connected_at = 0.0
+        self.connected_at = math.inf
         self.heard_at = 0.0
         self.log = MemberLog(str(self))
         self.recovery: RecoveryReader | None = None
@@ -56,6 +57,18 @@ class Safekeeper(Member):
 
     def __str__(self) -> str:
         return f"safekeeper {self.address[0]}:{self.address[1]}"
+
+    def back_off(self, now: float) -> None:
+        """A session, or an attempt at one, is over: when to try again.
+
+        The pauses get longer until a session has lasted: one that accepts us and fails each time
+        (its disk is full) is not driven to do that as fast as it can.
+        """
+        if now - self.connected_at >= _SETTLED:
+            self.retry_delay = _RETRY_FIRST
+        self.connected_at = math.inf
+        self.retry_at = now + self.retry_delay
+        self.retry_delay = min(2 * self.retry_delay, _RETRY_MOST)
 
 
 class SafekeeperPool:
@@ -114,8 +127,7 @@ class SafekeeperPool:
     def _connect_failed(self, member: Safekeeper, reason: str) -> None:
         member.connecting = False
         member.log.cannot_connect(reason)
-        member.retry_at = time.monotonic() + member.retry_delay
-        member.retry_delay = min(2 * member.retry_delay, _RETRY_MOST)
+        member.back_off(time.monotonic())
 
     def _connected(self, member: Safekeeper, sock: socket.socket, received: bytes) -> None:
         link = Link(self._loop, sock, self._core, member.index, self)
@@ -139,11 +151,7 @@ class SafekeeperPool:
         member.link = None
         self._stop_recovery(member)
         self._core.disconnected(member.index)
-        now = time.monotonic()
-        if now - member.connected_at >= _WORKED:
-            member.retry_delay = _RETRY_FIRST
-        member.retry_at = now + member.retry_delay
-        member.retry_delay = min(2 * member.retry_delay, _RETRY_MOST)
+        member.back_off(time.monotonic())
 
     def drop_silent(self, now: float) -> None:
         """End sessions that answer no heartbeats: the peer or the network is stuck."""
