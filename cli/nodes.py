@@ -151,6 +151,8 @@ def pg_list(ctx: CliContext, tenant_id: TenantId | None) -> None:
     \b
     running   takes connections      starting, stopping   on its way
     stopped   start it again         crashed              start it again: no commit is lost
+
+    Why a node has crashed is told on the standard error.
     """
     tenant_id = ctx.tenant(tenant_id)
     lsns = _last_record_lsns(ctx.env, tenant_id)
@@ -160,6 +162,9 @@ def pg_list(ctx: CliContext, tenant_id: TenantId | None) -> None:
         lsn = lsns.get(str(node.timeline_id), "?")
         address = f"127.0.0.1:{node.port}"
         say(f"{node.name}\t{address}\t{node.timeline_id}\t{branch}\t{lsn}\t\t{node.status()}")
+        reason = node.why_crashed()
+        if reason:
+            click.echo(f"{node.name}: {reason.splitlines()[0]}", err=True)
 
 
 def _report(error: ControlPlaneError) -> None:

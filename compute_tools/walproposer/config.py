@@ -5,12 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from compute_tools.walproposer.core import Predecessors
 from zenith_utils.ids import TenantId, TimelineId
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Settings of a walproposer; `pgdata` is the compute's data directory (its WAL is read)."""
+    """Settings of a walproposer.
+
+    `pgdata` is the compute's data directory (its WAL is read). With `predecessors` it takes up the
+    stream of a Postgres that runs.
+    """
 
     tenant_id: TenantId
     timeline_id: TimelineId
@@ -19,6 +24,7 @@ class Config:
     pgdata: Path | None
     pg_version: int = 0
     drain_timeout: float = 10.0
+    predecessors: Predecessors | None = None
 
     @property
     def session_options(self) -> str:

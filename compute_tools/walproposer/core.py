@@ -72,7 +72,7 @@ class CampaignFailed:
 
 @dataclass(frozen=True, slots=True)
 class Defeated:
-    """A safekeeper follows a higher term: stop, and stop Postgres."""
+    """Another compute led or wants to, in this term: stop, and stop Postgres."""
 
     peer: int
     term: int
@@ -92,12 +92,33 @@ class Identity:
     system_id: int = 0
 
 
-class Proposer(Quorum):
-    """Drives one election and then the stream. All methods are called by one thread."""
+@dataclass(frozen=True, slots=True)
+class Predecessors:
+    """The proposers that served the same Postgres before, and have died.
 
-    def __init__(self, identity: Identity, peer_count: int) -> None:
+    `terms` are those in which all WAL is this Postgres': the term its start was based on, and what
+    each proposer since has won. `last_term` is the highest in which any of them asked for votes.
+    """
+
+    terms: frozenset[int]
+    last_term: int
+
+
+class Proposer(Quorum):
+    """Drives one election and then the stream. All methods are called by one thread.
+
+    One with predecessors takes up the stream of a Postgres that runs: where others may try again
+    in a higher term, it must yield to whoever asked for votes after them.
+    """
+
+    def __init__(
+        self, identity: Identity, peer_count: int, predecessors: Predecessors | None = None
+    ) -> None:
         super().__init__(peer_count, identity.proposer_id)
         self.identity = identity
+        self._predecessors = predecessors
+        self._own_terms = set() if predecessors is None else set(predecessors.terms)
+        self._last_own_term = 0 if predecessors is None else predecessors.last_term
         self.phase = Phase.CAMPAIGN
         self.bootstrap = False
         """No complete record was ever written to this timeline."""
@@ -126,7 +147,7 @@ class Proposer(Quorum):
         self.bootstrap = False
         self.donor = None
         self.epoch_start_lsn = 0
-        self.term = 1 + max(self.term, *(peer.term for peer in self.peers))
+        self.term = 1 + max(self.term, self._last_own_term, *(peer.term for peer in self.peers))
         actions: list[Action] = []
         for index, peer in enumerate(self.peers):
             peer.vote = None
@@ -214,6 +235,8 @@ class Proposer(Quorum):
         if peer.state is not PeerState.GREETING:
             return ()  # told about Postgres' identity
         peer.state = PeerState.GREETED
+        if self._must_yield(message.term):
+            return (Defeated(index, message.term),)
         if self.phase is not Phase.CAMPAIGN:
             # No vote is needed any more, but the answer tells where its log stands.
             return (self._ask_for_vote(index),)
@@ -237,6 +260,8 @@ class Proposer(Quorum):
             if self.bootstrap and self.phase is Phase.ELECTED:
                 return ()  # where WAL begins is not known yet
             return self._announce(index)
+        if self._must_yield(message.term):
+            return (Defeated(index, message.term),)
         if not message.vote_given:
             return (CampaignFailed(),)
         peer.vote = message
@@ -270,7 +295,13 @@ class Proposer(Quorum):
             self.bootstrap = True
             self.donor = None
             self.history = ()
+            self._own_terms.add(self.term)
             return ()
+        epoch = rank(self.donor)[0]
+        if self._predecessors is not None and epoch not in self._own_terms:
+            # Not a prefix of our Postgres' WAL. Nobody was told anything yet.
+            return (Defeated(self.donor, epoch),)
+        self._own_terms.add(self.term)
         self.history = best.term_history
         self._set_epoch_start(best.flush_lsn)
         actions: list[Action] = []
@@ -278,6 +309,10 @@ class Proposer(Quorum):
             if self.peers[index].state is PeerState.VOTED:
                 actions += self._announce(index)
         return actions
+
+    def _must_yield(self, term: int) -> bool:
+        """Whether a term is above all that we and our predecessors, if any, asked for votes in."""
+        return self._predecessors is not None and term > max(self.term, self._last_own_term)
 
     def _set_epoch_start(self, lsn: int) -> None:
         self.epoch_start_lsn = lsn

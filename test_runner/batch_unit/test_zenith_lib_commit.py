@@ -17,7 +17,7 @@ from pgxn.build import build_module
 from postgres_ffi.distrib import find_distrib
 from zenith_utils.os_user import popen_kwargs
 
-LOCAL = "SET synchronous_commit = local"
+ASYNC = "SET synchronous_commit = off"
 
 
 @dataclass
@@ -119,7 +119,7 @@ def server() -> Iterator[Postgres]:
 def primary(server: Postgres) -> Iterator[Primary]:
     if server.process is None:
         server.start()
-    server.sql(LOCAL, "DROP TABLE IF EXISTS t", "CREATE TABLE t (i int)")
+    server.sql(ASYNC, "DROP TABLE IF EXISTS t", "CREATE TABLE t (i int)")
     with server_directory() as wal:
         primary = Primary(server, wal)
         yield primary
@@ -171,7 +171,7 @@ def test_prepared_transaction_waits_too(primary: Primary) -> None:
 def test_cancel_stops_a_procedure_after_its_commit(primary: Primary) -> None:
     postgres = primary.postgres
     postgres.sql(
-        LOCAL,
+        ASYNC,
         "CREATE OR REPLACE PROCEDURE two() LANGUAGE plpgsql AS $$ BEGIN"
         " INSERT INTO t VALUES (1); COMMIT; INSERT INTO t VALUES (2); COMMIT; END $$",
     )
