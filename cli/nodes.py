@@ -168,6 +168,7 @@ def pg_list(ctx: CliContext, tenant_id: TenantId | None) -> None:
     stopped   start it again         crashed              start it again: no commit is lost
 
     A node that follows its branch shows as (hot standby) behind that.
+    Why a node has crashed is told on the standard error.
     """
     tenant_id = ctx.tenant(tenant_id)
     lsns = _last_record_lsns(ctx.env, tenant_id)
@@ -178,6 +179,9 @@ def pg_list(ctx: CliContext, tenant_id: TenantId | None) -> None:
         address = f"127.0.0.1:{node.port}"
         status = node.status() + (" (hot standby)" if node.hot_standby else "")
         say(f"{node.name}\t{address}\t{node.timeline_id}\t{branch}\t{lsn}\t\t{status}")
+        reason = node.why_crashed()
+        if reason:
+            click.echo(f"{node.name}: {reason.splitlines()[0]}", err=True)
 
 
 def _refuse_standby_at_lsn(hot_standby: bool, lsn: str | None, at: datetime | None) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 from zenith_utils.os_user import popen_kwargs, postgres_user
@@ -109,6 +110,17 @@ class PostgresProcess:
         """Send a signal to the postmaster if it lives."""
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(number)
+
+    def note(self, text: str) -> None:
+        """Say in pg.log, as Postgres would, why it is about to be ended."""
+        now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
+        line = f"{now} UTC [{os.getpid()}] FATAL:  {text}\n"
+        with contextlib.suppress(OSError):
+            log = _open_log(self._pgdata / "pg.log")
+            try:
+                os.write(log, line.encode())
+            finally:
+                os.close(log)
 
     def wait(self, timeout: float) -> bool:
         """Whether the postmaster ended within `timeout` seconds."""

@@ -1,7 +1,8 @@
 """The life of one compute: choose its LSN, make its directory, run Postgres, end it cleanly.
 
 The supervisor is Postgres' parent and keeps beside it the walproposer (with safekeepers) and the
-lease on its base LSN. Whatever ends first ends all: a compute is disposable, storage is not.
+lease on its base LSN. A walproposer that dies is replaced. Else whatever ends first ends all: a
+compute is disposable, storage is not.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from compute_tools.postgres_process import (
     end_leftovers,
     reap_strangers,
 )
-from compute_tools.proposer_process import ProposerError, ProposerProcess
+from compute_tools.proposer_keeper import ProposerKeeper
+from compute_tools.proposer_process import ProposerError
 from compute_tools.spec import ComputeSpec
 from compute_tools.standby_start import (
     StandbyStartError,
@@ -50,6 +52,8 @@ log = logging.getLogger(__name__)
 _IMMEDIATE_TIMEOUT = 5.0
 _THREAD_TIMEOUT = 2.0
 _TICK = 1.0
+# How long a clean stop waits for a walproposer that is being replaced.
+_TAKEOVER_TIMEOUT = 5.0
 
 Progress = Callable[[str], None]
 
@@ -87,7 +91,7 @@ class _StopRequested(Exception):
 class _Parts:
     """What runs, in the order it was started."""
 
-    proposer: ProposerProcess | None = None
+    proposer: ProposerKeeper | None = None
     lease: Lease | None = None
     renewal: Periodic | None = None
     postgres: PostgresProcess | None = None
@@ -106,10 +110,11 @@ class Supervisor:
         self._lag_limits = dict.fromkeys(postgres_conf.LAG_LIMITS, 0)
         self._limits: dict[str, int] = {}
         self._stop: StopMode | None = None
+        self._stop_asked_at = 0.0
         self._reload = False
         self._may_interrupt = False
-        self._wakeup, wakeup_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.set_wakeup_fd(wakeup_write, warn_on_full_buffer=False)
+        self._wakeup, self._wakeup_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(self._wakeup_write, warn_on_full_buffer=False)
         for number, mode in (
             (signal.SIGTERM, StopMode.FAST),
             (signal.SIGINT, StopMode.FAST),
@@ -152,6 +157,8 @@ class Supervisor:
             log.info("compute stopped%s", f": {trouble}" if trouble else "")
             return 0
         log.error("compute ends: %s", reason)
+        if self._parts.postgres is not None and self._parts.postgres.poll() is None:
+            self._parts.postgres.note(reason)
         state.write(state_dir, state.Phase.CRASHED, reason)
         self._stop_all(StopMode.IMMEDIATE)
         return 1
@@ -163,7 +170,7 @@ class Supervisor:
         feedback_file.create(spec.feedback_file)
         if spec.safekeepers and not spec.read_only:
             # First of all: its election goes on while we look for our own things.
-            parts.proposer = ProposerProcess.start(spec)
+            parts.proposer = ProposerKeeper(spec, self._wake)
         with self._interruptible():
             state.remove_temp_files(spec.state_dir)
             check_reachable(spec.state_dir)
@@ -205,7 +212,7 @@ class Supervisor:
             if parts.proposer is not None:
                 self._set_limits(settings)
                 # The first record of this life of the server lies at the base LSN.
-                parts.proposer.begin(base_lsn, spec.port, spec.superuser)
+                parts.proposer.begin(base_lsn)
             elif not spec.read_only:
                 self._pageserver.callmemaybe()
         if parts.proposer is None and not spec.read_only:
@@ -307,17 +314,34 @@ class Supervisor:
 
     def _wait_for_end(self) -> str | None:
         """Wait until a stop is asked for (None) or something ends by itself (the reason)."""
-        while self._stop is None:
+        while not self._is_to_stop():
             ended = self._what_ended()
             if ended is not None:
                 return ended
             reap_strangers(self._own_children())
             if self._reload or self._config.changed():
                 self._follow_config()
-            select.select([self._wakeup, *self._watch.filenos()], [], [], _TICK)
+            select.select([self._wakeup, *self._watch.filenos()], [], [], self._longest_wait())
             self._drain_wakeup()
             self._watch.drain()
         return None
+
+    def _is_to_stop(self) -> bool:
+        """Whether a stop was asked for and can begin.
+
+        A clean one waits a while for a walproposer that is being replaced: none could connect to
+        a server that shuts down, and its last WAL would stay here.
+        """
+        proposer = self._parts.proposer
+        if self._stop is not StopMode.FAST or proposer is None or proposer.streaming:
+            return self._stop is not None
+        return time.monotonic() >= self._stop_asked_at + _TAKEOVER_TIMEOUT
+
+    def _longest_wait(self) -> float:
+        proposer = self._parts.proposer
+        if proposer is None:
+            return _TICK
+        return min(_TICK, max(0.0, proposer.next_check - time.monotonic()))
 
     def _follow_config(self) -> None:
         """Postgres' reload reads the generated file, so it follows the user's at once."""
@@ -338,7 +362,7 @@ class Supervisor:
         if status is not None:
             return f"Postgres ended unexpectedly with status {status}:\n{postgres.log_tail()}"
         if proposer is not None:
-            ended = proposer.why_ended()
+            ended = proposer.check()
             if ended is not None:
                 return ended
         if self._spec.read_only and not (self._spec.pgdata / "standby.signal").exists():
@@ -369,6 +393,8 @@ class Supervisor:
 
     def _on_stop_signal(self, mode: StopMode, _number: int, _frame: object) -> None:
         # A second, stronger request wins over the first.
+        if self._stop is None:
+            self._stop_asked_at = time.monotonic()
         if self._stop is not StopMode.IMMEDIATE:
             self._stop = mode
         if self._may_interrupt:
@@ -377,6 +403,11 @@ class Supervisor:
 
     def _on_reload_signal(self, _number: int, _frame: object) -> None:
         self._reload = True
+
+    def _wake(self) -> None:
+        """Have the main thread look around. From any thread."""
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._wakeup_write, b"\0")
 
     def _drain_wakeup(self) -> None:
         with contextlib.suppress(BlockingIOError):

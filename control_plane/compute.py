@@ -86,6 +86,11 @@ class Compute:
             return "crashed"
         return str(said.phase)
 
+    def why_crashed(self) -> str:
+        """What a supervisor has left as the reason of a crash, empty if there was none."""
+        said = state.read(self.state_dir)
+        return said.reason if said.phase is state.Phase.CRASHED else ""
+
     def start(self, say: Say) -> None:
         """Start the node on the newest state of its timeline; raises ControlPlaneError.
 

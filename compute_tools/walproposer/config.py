@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from compute_tools.walproposer.core import Predecessors
 from zenith_utils.ids import TenantId, TimelineId
 
 
@@ -13,7 +14,8 @@ class Config:
     """Settings of a walproposer.
 
     `pgdata` is the compute's data directory (its WAL is read), `feedback_file` tells Postgres what
-    the pageserver reports (feedback_file.pyx).
+    the pageserver reports (feedback_file.pyx). With `predecessors` it takes up the stream of a
+    Postgres that runs.
     """
 
     tenant_id: TenantId
@@ -24,6 +26,7 @@ class Config:
     pg_version: int = 0
     drain_timeout: float = 10.0
     feedback_file: Path | None = None
+    predecessors: Predecessors | None = None
 
     @property
     def session_options(self) -> str:

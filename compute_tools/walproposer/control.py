@@ -1,6 +1,8 @@
 """The channel to the supervisor: one JSON object per line, commands on stdin, events on stdout.
 
 Events (LSNs as text, ``X/X``):
+- ``{"event": "campaign", "term": n}``: votes are about to be asked for.
+- ``{"event": "won", "term": n}``: a quorum has voted for it; nobody has been told yet.
 - ``{"event": "elected", "term": n, "epoch_start_lsn": "X/X", "bootstrap": bool}``: a quorum holds
   everything up to this LSN as committed. In a bootstrap it is ``0/0``: nothing was ever written.
 - ``{"event": "streaming"}``: Postgres' WAL is flowing; commits are acknowledged from here on.
@@ -10,7 +12,10 @@ Events (LSNs as text, ``X/X``):
   what it sent was pushed; clean means that it has said goodbye with everything acknowledged.
 - ``{"event": "defeated", "term": n}``, exit code 3: another proposer was elected. Postgres must be
   stopped at once; none of its waiting commits will ever be acknowledged.
-- ``{"event": "fatal", "message": "..."}``, exit code 1.
+- ``{"event": "fatal", "message": "..."}``, exit code 1: Postgres cannot go on either.
+- Any other end, exit code 4 included, is that of this process only: another one, told on its
+  command line what terms were asked for and won so far, may take up the stream of the living
+  Postgres.
 
 Commands:
 - ``{"cmd": "start", "host": "...", "port": n, "user": "...", "start_lsn": "X/X"}``: after
@@ -71,6 +76,14 @@ class ControlChannel:
                 raise ControlError(f"malformed command: {command!r}")
             commands.append(command)
         return commands
+
+    def campaign(self, term: int) -> None:
+        """Votes are about to be asked for."""
+        self._send(event="campaign", term=term)
+
+    def won(self, term: int) -> None:
+        """A quorum has voted."""
+        self._send(event="won", term=term)
 
     def elected(self, term: int, epoch_start_lsn: int, bootstrap: bool) -> None:
         """A quorum is brought to the same state."""

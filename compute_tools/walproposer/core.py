@@ -83,7 +83,7 @@ class CampaignFailed:
 
 @dataclass(frozen=True, slots=True)
 class Defeated:
-    """A safekeeper follows a higher term: stop, and stop Postgres."""
+    """Another compute led or wants to, in this term: stop, and stop Postgres."""
 
     peer: int
     term: int
@@ -111,17 +111,40 @@ class Identity:
     system_id: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Predecessors:
+    """The proposers that served the same Postgres before, and have died.
+
+    `terms` are those in which all WAL is this Postgres': the term its start was based on, and what
+    each proposer since has won. `last_term` is the highest in which any of them asked for votes.
+    """
+
+    terms: frozenset[int]
+    last_term: int
+
+
 class Proposer(Quorum):
-    """Drives one election and then the stream. All methods are called by one thread."""
+    """Drives one election and then the stream. All methods are called by one thread.
+
+    One with predecessors takes up the stream of a Postgres that runs: where others may try again
+    in a higher term, it must yield to whoever asked for votes after them.
+    """
 
     def __init__(
-        self, identity: Identity, peer_count: int, membership: Membership = _NO_MEMBERSHIP
+        self,
+        identity: Identity,
+        peer_count: int,
+        membership: Membership = _NO_MEMBERSHIP,
+        predecessors: Predecessors | None = None,
     ) -> None:
         """Raises ValueError if `membership` does not fit `peer_count`."""
         super().__init__(peer_count, identity.proposer_id)
         membership.check(peer_count)
         self.membership = membership
         self.identity = identity
+        self._predecessors = predecessors
+        self._own_terms = set() if predecessors is None else set(predecessors.terms)
+        self._last_own_term = 0 if predecessors is None else predecessors.last_term
         self.phase = Phase.CAMPAIGN
         self.bootstrap = False
         """No complete record was ever written to this timeline."""
@@ -159,7 +182,7 @@ class Proposer(Quorum):
         self._known_established = self.known_established
         self.established = False
         self.joint = self._joint()
-        self.term = 1 + max(self.term, *(peer.term for peer in self.peers))
+        self.term = 1 + max(self.term, self._last_own_term, *(peer.term for peer in self.peers))
         actions: list[Action] = []
         for index, peer in enumerate(self.peers):
             peer.vote = None
@@ -295,6 +318,8 @@ class Proposer(Quorum):
                 return self._readmit()
             # No vote is needed any more, but the answer tells where its log stands.
             return (self._ask_for_vote(index),)
+        if self._must_yield(message.term):
+            return (Defeated(index, message.term),)
         if peer.state is not PeerState.GREETING:
             return (CampaignFailed(),) if message.term > self.term else self._count_votes()
         peer.state = PeerState.GREETED
@@ -321,6 +346,8 @@ class Proposer(Quorum):
             if self.bootstrap and self.phase is Phase.ELECTED:
                 return ()  # where WAL begins is not known yet
             return self._join(index)
+        if self._must_yield(message.term):
+            return (Defeated(index, message.term),)
         if not message.vote_given and (message.term > self.term or not message.recovering):
             return (CampaignFailed(),)
         peer.vote = message
@@ -395,7 +422,13 @@ class Proposer(Quorum):
             self.bootstrap = True
             self.donor = None
             self.history = ()
+            self._own_terms.add(self.term)
             return ()
+        epoch = rank(self.donor)[0]
+        if self._predecessors is not None and epoch not in self._own_terms:
+            # Not a prefix of our Postgres' WAL. Nobody was told anything yet.
+            return (Defeated(self.donor, epoch),)
+        self._own_terms.add(self.term)
         self.history = best.term_history
         self._set_epoch_start(best.flush_lsn)
         actions: list[Action] = []
@@ -403,6 +436,10 @@ class Proposer(Quorum):
             if peer.state is PeerState.VOTED:
                 actions += self._join(index)
         return actions
+
+    def _must_yield(self, term: int) -> bool:
+        """Whether a term is above all that we and our predecessors, if any, asked for votes in."""
+        return self._predecessors is not None and term > max(self.term, self._last_own_term)
 
     def _set_epoch_start(self, lsn: int) -> None:
         self.epoch_start_lsn = lsn

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from compute_tools.walproposer.config import Config
 from compute_tools.walproposer.control import ControlChannel
+from compute_tools.walproposer.core import Predecessors
 from compute_tools.walproposer.shell import Walproposer
 from zenith_utils.daemonize import AddressError, parse_address
 from zenith_utils.ids import TenantId, TimelineId
@@ -48,7 +49,12 @@ def _parse_arguments(argv: Sequence[str] | None) -> Config:
     add("--pg-version", type=int, default=0, help="server version number, as 150018")
     add("--drain-timeout", type=float, default=10.0, help="seconds to push the last WAL")
     add("--feedback-file", type=Path, help="where Postgres finds what the pageserver reports")
+    add("--own-terms", type=_terms, help="terms that earlier walproposers of this Postgres won")
+    add("--last-term", type=int, default=0, help="the highest term they asked for votes in")
     args = parser.parse_args(argv)
+    predecessors = None
+    if args.own_terms is not None:
+        predecessors = Predecessors(args.own_terms, max(args.last_term, *args.own_terms, 0))
     return Config(
         args.tenant,
         args.timeline,
@@ -58,7 +64,12 @@ def _parse_arguments(argv: Sequence[str] | None) -> Config:
         args.pg_version,
         args.drain_timeout,
         args.feedback_file,
+        predecessors,
     )
+
+
+def _terms(text: str) -> frozenset[int]:
+    return frozenset(int(part) for part in text.split(","))
 
 
 def _safekeepers(text: str) -> tuple[tuple[str, int], ...]:

@@ -81,16 +81,19 @@ class SafekeeperPool:
         loop: EventLoop,
         on_actions: Callable[[Iterable[Action]], None],
         on_feedback: Callable[[], None],
+        before_sending: Callable[[], None] = lambda: None,
     ) -> None:
         """`on_actions` gets the core's actions other than Send and Announced.
 
-        `on_feedback` is called when a pageserver's feedback has changed.
+        `on_feedback` is called when a pageserver's feedback has changed, `before_sending` before
+        the core's messages are sent.
         """
         self._config = config
         self._core = core
         self._loop = loop
         self._on_actions = on_actions
         self.on_feedback = on_feedback
+        self._before_sending = before_sending
         self._pg_wal = PgWalReader(config.pgdata) if config.pgdata is not None else None
         self.members = [
             Safekeeper(i, address, core.peers[i]) for i, address in enumerate(config.safekeepers)
@@ -184,6 +187,7 @@ class SafekeeperPool:
 
     def perform(self, actions: Sequence[Action]) -> None:
         """Carry out actions of the core."""
+        self._before_sending()
         rest = []
         for action in actions:
             if isinstance(action, Send):

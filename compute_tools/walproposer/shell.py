@@ -55,6 +55,7 @@ class ExitCode(IntEnum):
     FINISHED = 0
     FATAL = 1
     DEFEATED = 3
+    CRASHED = 4
 
 
 class _Finished(Exception):
@@ -73,12 +74,13 @@ class Walproposer:
         identity = Identity(
             config.tenant_id, config.timeline_id, secrets.token_bytes(16), config.pg_version
         )
-        self._core = Proposer(identity, len(config.safekeepers))
+        self._core = Proposer(identity, len(config.safekeepers), predecessors=config.predecessors)
         self._pool = SafekeeperPool(
-            config, self._core, self._loop, self._on_actions, self._set_limit
+            config, self._core, self._loop, self._on_actions, self._set_limit, self._tell_terms
         )
         self._relay = self._pool.relay
         self._postgres: PostgresStream | None = None
+        self._told_campaign = self._told_won = 0
         self._told_elected = False
         file = config.feedback_file
         self._backpressure = Backpressure(None if file is None else FeedbackFile(file))
@@ -108,10 +110,9 @@ class Walproposer:
             logger.error("%s", e)
             self._control.fatal(str(e))
             return ExitCode.FATAL
-        except Exception as e:
+        except Exception:
             logger.exception("the walproposer failed")
-            self._control.fatal(f"internal error: {e!r}")
-            return ExitCode.FATAL
+            return ExitCode.CRASHED
 
     def terminate(self) -> None:
         """Come to an end soon, as if Postgres had gone. From any thread or signal handler."""
@@ -176,12 +177,22 @@ class Walproposer:
 
     # ---- election
 
+    def _tell_terms(self) -> None:
+        """Before anything leaves: whoever takes up the stream must know which terms were ours."""
+        core = self._core
+        if core.term > self._told_campaign:
+            self._told_campaign = core.term
+            self._control.campaign(core.term)
+        if core.phase is not Phase.CAMPAIGN and core.term > self._told_won:
+            self._told_won = core.term
+            self._control.won(core.term)
+
     def _on_actions(self, actions: Iterable[Action]) -> None:
         for action in actions:
             if isinstance(action, Defeated):
                 logger.error(
-                    "defeated: %s is in term %d, ours is %d",
-                    self._pool.members[action.peer], action.term, self._core.term,
+                    "fenced: a newer compute took over in term %d, says %s; ours was %d",
+                    action.term, self._pool.members[action.peer], self._core.term,
                 )  # fmt: skip
                 if self._postgres is not None:
                     self._postgres.stop()
