@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from safekeeper.identity import Identity
 from safekeeper.timelines import TimelineExistsError, TimelineNotFoundError, Timelines
 from zenith_utils.http_server import BadRequest, HttpError, Request, Response, Route, json_response
 from zenith_utils.ids import TenantId, TenantTimelineId, TimelineId
@@ -13,8 +14,8 @@ from zenith_utils.lsn import lsn_text
 class HttpApi:
     """Handlers of the routes."""
 
-    def __init__(self, node_id: int, timelines: Timelines) -> None:
-        self._node_id = node_id
+    def __init__(self, identity: Identity, timelines: Timelines) -> None:
+        self._identity = identity
         self._timelines = timelines
 
     def routes(self) -> list[Route]:
@@ -27,7 +28,7 @@ class HttpApi:
 
     def _status(self, request: Request) -> dict[str, Any]:
         del request
-        return {"id": self._node_id}
+        return {"id": self._identity.id, "instance": self._identity.instance.hex()}
 
     def _timeline_status(self, request: Request) -> dict[str, Any]:
         timeline_id = TenantTimelineId(request.tenant_id(), request.timeline_id())
@@ -50,6 +51,9 @@ class HttpApi:
             "peer_horizon_lsn": lsn_text(state.peer_horizon_lsn),
             "remote_consistent_lsn": lsn_text(state.remote_consistent_lsn),
             "flush_lsn": lsn_text(acceptor.flush_lsn),
+            "generation": state.generation,
+            "established": state.established,
+            "recovering": state.recovering,
         }
 
     def _create_timeline(self, request: Request) -> Response:

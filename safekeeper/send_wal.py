@@ -120,7 +120,9 @@ class WalSender:
 
     def _send(self, lsn: int, limit: int, check: Callable[[], None]) -> int:
         """Send one piece of WAL from `lsn`; where it ends. `check` runs before bytes leave."""
-        data = self._reader.read(lsn, min(limit - lsn, MAX_SEND_SIZE))
+        size = min(limit - lsn, MAX_SEND_SIZE)
+        self._timeline.check_wal(lsn, lsn + size)
+        data = self._reader.read(lsn, size)
         check()
         header = _XLOG_DATA.pack(b"w", lsn, limit, postgres_timestamp())
         self._conn.send_copy_data(header, data)
