@@ -44,18 +44,17 @@ class ProposerProcess:
     def start(cls, spec: ComputeSpec) -> ProposerProcess:
         """Start the process: it begins to campaign at once."""
         safekeepers = ",".join(address_text(*address) for address in spec.safekeepers)
+        arguments = [
+            f"--tenant={spec.tenant_id}",
+            f"--timeline={spec.timeline_id}",
+            f"--safekeepers={safekeepers}",
+            f"--pageserver-connstr={spec.pageserver_connstr}",
+            f"--pgdata={spec.pgdata}",
+        ]
+        if spec.membership.members:
+            arguments.append(f"--membership={json.dumps(spec.membership.to_json())}")
         process = subprocess.Popen(
-            [
-                sys.executable,
-                "-P",
-                "-m",
-                "compute_tools.walproposer",
-                f"--tenant={spec.tenant_id}",
-                f"--timeline={spec.timeline_id}",
-                f"--safekeepers={safekeepers}",
-                f"--pageserver-connstr={spec.pageserver_connstr}",
-                f"--pgdata={spec.pgdata}",
-            ],
+            [sys.executable, "-P", "-m", "compute_tools.walproposer", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             # The terminal's Ctrl-C is the supervisor's to handle.

@@ -23,12 +23,28 @@ class HttpApi:
         return [
             Route("GET", "/v1/status", self._status),
             Route("GET", "/v1/timeline/{tenant_id}/{timeline_id}", self._timeline_status),
+            Route("GET", "/v1/timeline", self._list_timelines),
             Route("POST", "/v1/timeline", self._create_timeline),
         ]
 
     def _status(self, request: Request) -> dict[str, Any]:
         del request
         return {"id": self._identity.id, "instance": self._identity.instance.hex()}
+
+    def _list_timelines(self, request: Request) -> list[dict[str, Any]]:
+        """What changes of the membership have to know of each timeline."""
+        del request
+        return [
+            {
+                "tenant_id": str(state.tenant_id),
+                "timeline_id": str(state.timeline_id),
+                "commit_lsn": lsn_text(state.commit_lsn),
+                "generation": state.generation,
+                "established": state.established,
+                "recovering": state.recovering,
+            }
+            for state in self._timelines.states()
+        ]
 
     def _timeline_status(self, request: Request) -> dict[str, Any]:
         timeline_id = TenantTimelineId(request.tenant_id(), request.timeline_id())

@@ -109,6 +109,21 @@ class Timelines:
             except (ControlFileError, DeliveryFileError, OSError) as e:
                 logger.error("cannot tell whether WAL is to be delivered: %s", e)
 
+    def states(self) -> list[ControlState]:
+        """The durable state of every timeline; recovering where it cannot be read."""
+        loaded = {timeline.id: timeline.acceptor.state for timeline in self.loaded()}
+        states = []
+        for timeline_id in self._registry.timelines():
+            state = loaded.get(timeline_id)
+            if state is None:
+                try:
+                    path = self._path(timeline_id) / control_file.CONTROL_FILE_NAME
+                    state = control_file.load(path)
+                except (ControlFileError, OSError):
+                    state = ControlState(*timeline_id, recovering=True)
+            states.append(state)
+        return states
+
     def loaded(self) -> list[Timeline]:
         """The timelines in memory."""
         with self._lock:

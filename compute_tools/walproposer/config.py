@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from compute_tools.safekeeper_membership import NOT_KNOWN, SafekeeperMembership
 from zenith_utils.ids import TenantId, TimelineId
 
 
@@ -19,6 +20,8 @@ class Config:
     pgdata: Path | None
     pg_version: int = 0
     drain_timeout: float = 10.0
+    membership: SafekeeperMembership = NOT_KNOWN
+    """With a member for each of `safekeepers`, or none."""
 
     @property
     def session_options(self) -> str:

@@ -69,7 +69,7 @@ class Walproposer:
         identity = Identity(
             config.tenant_id, config.timeline_id, secrets.token_bytes(16), config.pg_version
         )
-        self._core = Proposer(identity, len(config.safekeepers))
+        self._core = Proposer(identity, len(config.safekeepers), config.membership.for_proposer())
         self._pool = SafekeeperPool(
             config, self._core, self._loop, self._on_actions, self._set_limit
         )
