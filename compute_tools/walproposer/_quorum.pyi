@@ -1,5 +1,6 @@
 from enum import Enum
 
+from compute_tools.walproposer.membership import Generation
 from zenith_utils.safekeeper_messages import VoteResponse
 from zenith_utils.zenith_feedback import ZenithFeedback
 
@@ -26,6 +27,8 @@ class Quorum:
     epoch_start_lsn: int
     truncate_lsn: int
     commit_lsn: int
+    established: bool
+    joint: tuple[Generation, ...]
     def __init__(self, peer_count: int, proposer_id: bytes) -> None: ...
     @property
     def peers(self) -> list[Peer]: ...

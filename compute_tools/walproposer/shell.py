@@ -22,6 +22,7 @@ from compute_tools.walproposer.core import (
     CampaignFailed,
     Defeated,
     Identity,
+    Outdated,
     Phase,
     Proposer,
     ProposerError,
@@ -152,6 +153,7 @@ class Walproposer:
     def _tick(self, now: float) -> None:
         core, pool = self._core, self._pool
         pool.drop_silent(now)
+        pool.perform(core.tell_established())
         if self._goodbye_deadline is None:
             pool.heartbeat()
         # Also tells the walsender that we live while it cannot send.
@@ -174,6 +176,15 @@ class Walproposer:
                     self._postgres.stop()
                 self._control.defeated(action.term)
                 raise _Finished(ExitCode.DEFEATED)
+            if isinstance(action, Outdated):
+                if self._postgres is not None:
+                    self._postgres.stop()
+                raise ProposerError(
+                    f"a newer configuration of safekeepers exists: "
+                    f"{self._pool.members[action.peer]} has generation {action.generation}, "
+                    f"this compute was started with {self._core.membership.generation}; "
+                    "start it again"
+                )
             if isinstance(action, CampaignFailed) and self._campaign_at is None:
                 pause = random.uniform(*_CAMPAIGN_PAUSE)
                 logger.info("campaign in term %d failed, trying again", self._core.term)

@@ -11,8 +11,8 @@ from compute_tools.walproposer.core import (
     Proposer,
     ProposerError,
     Send,
-    divergence_lsn,
 )
+from compute_tools.walproposer.divergence import divergence_lsn
 from postgres_ffi.wal_format import WAL_SEGMENT_SIZE
 from safekeeper.consensus import (
     Acceptor,
@@ -185,6 +185,8 @@ def elect(*votes: VoteResponse) -> Proposer:
         core.receive(index, AcceptorGreeting(votes[index].term - 1))
     for index, vote in enumerate(votes):
         core.receive(index, vote)
+    for index, vote in enumerate(votes):
+        core.receive(index, AcceptorGreeting(vote.term))
     return core
 
 
@@ -214,6 +216,8 @@ def test_donor_is_the_one_with_the_newest_epoch() -> None:
     (question,) = core.receive(2, AcceptorGreeting(9))
     assert isinstance(question, Send)
     assert isinstance(question.message, VoteRequest)
+    core.disconnected(2)
+    core.connected(2)
     assert core.receive(2, AcceptorGreeting(10)) == (Defeated(2, 10),)
 
 

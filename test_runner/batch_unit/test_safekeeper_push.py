@@ -222,7 +222,7 @@ def test_another_leader(timelines: Timelines, client: Client) -> None:
     client.flushed(wal.lsn)
     other = Client(timelines)
     try:
-        greeting = opening()[: len(opening()) - len(frame(bytes(44)))]
+        greeting = opening()[: len(opening()) - len(frame(bytes(60)))]
         other.sock.sendall(greeting.replace(struct.pack("<Q", TERM), struct.pack("<Q", TERM + 1)))
         answer = other.answer()
         while not isinstance(answer, VoteResponse):
@@ -268,7 +268,7 @@ def test_other_messages_of_a_copy(timelines: Timelines, client: Client) -> None:
     assert client.flushed(wal.lsn)
     assert client.end() is None
     second = Client(timelines)
-    second.sock.sendall(opening(TERM + 1)[:85] + b"d\0\0\0\1rest")
+    second.sock.sendall(opening(TERM + 1)[:109] + b"d\0\0\0\1rest")
     assert "invalid message length 1" in str(second.end())
     second.sock.close()
 
