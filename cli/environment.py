@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from control_plane import daemons
+from control_plane import daemons, membership
 from control_plane.compute import ComputeControlPlane, stop_supervisor
 from control_plane.environment import daemon_environment
 from control_plane.errors import ControlPlaneError
@@ -106,7 +106,12 @@ def _initial_environment(config: Path | None, repo_dir: Path) -> LocalEnv:
         raise ControlPlaneError(f"cannot read the config {config}: {e.strerror}") from e
     except UnicodeDecodeError as e:
         raise ControlPlaneError(f"the config {config} is not a text in UTF-8") from e
-    return LocalEnv.parse(text, repo_dir)
+    env = LocalEnv.parse(text, repo_dir)
+    # What another environment's safekeepers were says nothing about new ones.
+    for conf in env.safekeepers:
+        conf.instance = ""
+    env.safekeeper_generation, env.earlier_generations = 0, []
+    return env
 
 
 def _check_programs(env: LocalEnv) -> None:
@@ -189,9 +194,11 @@ def start_pageserver(env: LocalEnv, overrides: tuple[str, ...] = ()) -> None:
 def start_safekeeper(env: LocalEnv, node_id: int) -> None:
     """Start one safekeeper; raises ControlPlaneError."""
     conf = env.safekeeper(node_id)
+    membership.check_disk(env, node_id)
     say(f"initializing for sk {node_id} for {conf.http_port}")
     with progress(f"starting safekeeper {node_id}"):
         daemons.safekeeper(env, node_id).start(say)
+    membership.record_instance(env, node_id)
 
 
 @click.command()

@@ -74,9 +74,11 @@ class ProposerProcess:
         """
         event = self._wait_for("elected", ELECTION_TIMEOUT)
         if event is None:
+            with self._changed:
+                waiting = self._events.get("waiting", {}).get("message", "are they running?")
             raise ProposerError(
                 f"no majority of the safekeepers ({self._safekeepers}) answered within "
-                f"{ELECTION_TIMEOUT:.0f} s: are they running?"
+                f"{ELECTION_TIMEOUT:.0f} s: {waiting}"
             )
         return None if event["bootstrap"] else Lsn.parse(event["epoch_start_lsn"])
 

@@ -187,45 +187,47 @@ def still_mattering(
 ) -> tuple[list[SafekeeperGeneration], list[str]]:
     """The earlier generations that new leaders need majorities of, and because of what timelines.
 
-    A generation does not matter any more if each timeline that may have got a commit in it was
-    established in a later one. As many of its members must have been asked as have one in common
-    with each of its majorities.
+    A generation does not matter any more if each timeline was established in a later one, or never
+    had a commit: which is known if as many members were asked as have one in common with each of
+    the generation's majorities.
     """
+    names = _branch_names(env)
+    names |= {key: s.name for known in standings.values() for key, s in known.items()}
     mattering: list[SafekeeperGeneration] = []
     waiting: set[str] = set()
     for generation in env.earlier_generations:
         members = {m.instance for m in generation.members}
-        asked = [known for instance, known in standings.items() if instance in members]
         size = len(members)
-        enough = len(asked) >= size - (size // 2 + 1) + 1
-        late = _not_established(generation.number, asked, standings)
-        if not enough or late:
+        enough = len(members & standings.keys()) > size - (size // 2 + 1)
+        late = {
+            name
+            for key, name in names.items()
+            if not _settled(generation.number, [s[key] for s in standings.values() if key in s])
+            and not (enough and not any(s[key].has_wal for s in standings.values() if key in s))
+        }
+        if late:
             mattering.append(generation)
-            waiting |= late or {"(not enough safekeepers of it are running to tell)"}
+            waiting |= late
     return mattering, sorted(waiting)
 
 
-def _not_established(
-    number: int, asked: list[dict[str, TimelineStanding]], standings: Standings
-) -> set[str]:
-    """Names of the timelines with commits of a generation that matter for it still."""
-    late = set()
-    for known in asked:
-        for timeline_id, standing in known.items():
-            everywhere = [s[timeline_id] for s in standings.values() if timeline_id in s]
-            reached = any(s.established > number for s in everywhere)
-            if not reached and any(s.has_wal for s in everywhere):
-                late.add(standing.name)
-    return late
+def _settled(number: int, known: list[TimelineStanding]) -> bool:
+    """Whether a timeline was established in a later generation."""
+    return any(standing.established > number for standing in known)
 
 
-def ask_standings(env: LocalEnv) -> Standings:
-    """What each safekeeper that answers says about its timelines."""
-    names = {
+def _branch_names(env: LocalEnv) -> dict[str, str]:
+    """Names of the environment's timelines, by `<tenant>-<timeline>`."""
+    return {
         f"{tenant}-{timeline}": name
         for name, timelines in env.branches.items()
         for tenant, timeline in timelines.items()
     }
+
+
+def ask_standings(env: LocalEnv) -> Standings:
+    """What each safekeeper that answers says about its timelines."""
+    names = _branch_names(env)
     standings: Standings = {}
     for conf in env.safekeepers:
         try:

@@ -342,6 +342,12 @@ class Proposer(Quorum):
             self.established or all(len(one.members & indexes) >= one.quorum for one in self.joint)
         )
 
+    def could_win(self, indexes: Set[int]) -> bool:
+        """Whether the votes of these are enough, as far as is known now."""
+        return len(indexes) >= self.quorum and all(
+            len(one.members & indexes) >= one.quorum for one in self._joint()
+        )
+
     def _votes(self) -> dict[int, VoteResponse]:
         """The votes given in this campaign, in sessions that still last."""
         return {

@@ -46,6 +46,8 @@ class Safekeeper(Member):
         super().__init__(peer)
         self.index = index
         self.address = address
+        self.trouble = ""
+        """Why there is no session, or why the last one ended."""
         self.connecting = False
         self.retry_at = 0.0
         self.retry_delay = _RETRY_FIRST
@@ -112,6 +114,7 @@ class SafekeeperPool:
 
     def _connect_failed(self, member: Safekeeper, reason: str) -> None:
         member.connecting = False
+        member.trouble = reason
         if member.retry_delay == _RETRY_FIRST:
             logger.warning("cannot connect to %s, will keep trying: %s", member, reason)
         member.retry_at = time.monotonic() + member.retry_delay
@@ -137,6 +140,7 @@ class SafekeeperPool:
         logger.warning("session with %s ends: %s", member, reason)
         link.close()
         member.link = None
+        member.trouble = reason
         self._stop_recovery(member)
         was_streaming = member.peer.state is PeerState.STREAMING
         self._core.disconnected(member.index)

@@ -28,6 +28,7 @@ from compute_tools.walproposer.core import (
     ProposerError,
 )
 from compute_tools.walproposer.loop import EventLoop
+from compute_tools.walproposer.obstacles import describe, obstacle
 from compute_tools.walproposer.postgres import PostgresStream
 from compute_tools.walproposer.postgres_stream import PostgresAddress
 from compute_tools.walproposer.safekeepers import SafekeeperPool
@@ -77,6 +78,7 @@ class Walproposer:
         self._relay = self._pool.relay
         self._postgres: PostgresStream | None = None
         self._told_elected = False
+        self._obstacles = ""
         self._write_lag = self._flush_lag = 0
         self._status: object = None
         self._campaign_at: float | None = None
@@ -154,6 +156,8 @@ class Walproposer:
         core, pool = self._core, self._pool
         pool.drop_silent(now)
         pool.perform(core.tell_established())
+        if not self._told_elected:
+            self._tell_obstacles()
         if self._goodbye_deadline is None:
             pool.heartbeat()
         # Also tells the walsender that we live while it cannot send.
@@ -164,6 +168,25 @@ class Walproposer:
             self._control.status(*status)
 
     # ---- election
+
+    def _tell_obstacles(self) -> None:
+        """Say what keeps us from being elected. Raises ProposerError if waiting cannot help."""
+        members = [(m, obstacle(m.peer, m.trouble)) for m in self._pool.members]
+        message = describe([(str(m), found) for m, found in members])
+        if message == self._obstacles:
+            # It has lasted for a tick: nothing that is just being sorted out.
+            hopeful = {m.index for m, found in members if found is None or not found.lasting}
+            if not self._core.could_win(hopeful):
+                raise ProposerError(
+                    f"no majority of the safekeepers can ever vote for this compute ({message}): "
+                    "restore the lost files or disks; starting with less would lose what was "
+                    "acknowledged"
+                )
+            return
+        self._obstacles = message
+        if any(found is not None for _, found in members):
+            logger.warning("not elected yet: %s", message)
+            self._control.waiting(message)
 
     def _on_actions(self, actions: Iterable[Action]) -> None:
         for action in actions:
