@@ -277,7 +277,7 @@ class Proposer(Quorum):
         if not standing.asked:
             raise MessageError("a greeting that answers nothing")
         answered = standing.asked.popleft()
-        if not message.recovering:
+        if not message.recovering and message.term <= self.term:
             standing.answered = answered
         peer.term = max(peer.term, message.term)
         if self.phase is not Phase.CAMPAIGN:
@@ -457,6 +457,8 @@ class Proposer(Quorum):
         elected = ProposerElected(
             self.term, start, self.history, self.membership.generation, recovered_lsn
         )
+        # What it confirms to us from here on, it confirms as a follower.
+        self._standings[index].answered = 0
         actions: list[Action] = [Send(index, elected), Announced(index)]
         if any(standing.readmission for standing in self._standings):
             actions.append(self._greet(index))
