@@ -141,6 +141,8 @@ class Timeline:
             if isinstance(message, ProposerGreeting):
                 actions = self.acceptor.greet(session, message)
             elif isinstance(message, VoteRequest):
+                known = self._delivery
+                self.acceptor.needed_lsn = 0 if known is None else known.flush_lsn
                 actions = self.acceptor.vote(session, message)
             else:
                 actions = self.acceptor.elected(session, message)
@@ -233,8 +235,9 @@ class Timeline:
                     self._persist(action.state)
                 else:
                     assert isinstance(action, TruncateWal)
-                    magic = wal_magic(self.acceptor.state.server.pg_version)
-                    self._storage.truncate(action.lsn, magic)
+                    state = self.acceptor.state
+                    magic = wal_magic(state.server.pg_version)
+                    self._storage.truncate(action.lsn, magic, may_skip=state.recovering)
         except BaseException as e:
             self._fail(e)
             raise

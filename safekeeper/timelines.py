@@ -45,7 +45,7 @@ class Timelines:
         """`instance` is that of the data directory. Raises RegistryError, OSError."""
         self._directory = directory
         self._metrics = metrics
-        self._instance = instance
+        self.instance = instance
         self._sync = sync
         self._lock = threading.Lock()
         self._loaded: dict[TenantTimelineId, Timeline] = {}
@@ -147,7 +147,7 @@ class Timelines:
                 self._path(timeline_id),
                 self._metrics.timeline(timeline_id),
                 registry=self._registry,
-                instance=self._instance,
+                instance=self.instance,
                 sync=self._sync,
                 helper=self._helper,
             )
