@@ -78,7 +78,7 @@ class Walproposer:
         self._relay = self._pool.relay
         self._postgres: PostgresStream | None = None
         self._told_elected = False
-        self._obstacles = ""
+        self._obstacles = self._told_obstacles = ""
         self._write_lag = self._flush_lag = 0
         self._status: object = None
         self._campaign_at: float | None = None
@@ -173,18 +173,19 @@ class Walproposer:
         """Say what keeps us from being elected. Raises ProposerError if waiting cannot help."""
         members = [(m, obstacle(m.peer, m.trouble)) for m in self._pool.members]
         message = describe([(str(m), found) for m, found in members])
-        if message == self._obstacles:
-            # It has lasted for a tick: nothing that is just being sorted out.
-            hopeful = {m.index for m, found in members if found is None or not found.lasting}
-            if not self._core.could_win(hopeful):
-                raise ProposerError(
-                    f"no majority of the safekeepers can ever vote for this compute ({message}): "
-                    "restore the lost files or disks; starting with less would lose what was "
-                    "acknowledged"
-                )
+        if message != self._obstacles:
+            # Told when it has lasted for a tick: much is just being sorted out.
+            self._obstacles = message
             return
-        self._obstacles = message
-        if any(found is not None for _, found in members):
+        hopeful = {m.index for m, found in members if found is None or not found.lasting}
+        if not self._core.could_win(hopeful):
+            raise ProposerError(
+                f"no majority of the safekeepers can ever vote for this compute ({message}): "
+                "restore the lost files or disks; starting with less would lose what was "
+                "acknowledged"
+            )
+        if message != self._told_obstacles and any(found is not None for _, found in members):
+            self._told_obstacles = message
             logger.warning("not elected yet: %s", message)
             self._control.waiting(message)
 
