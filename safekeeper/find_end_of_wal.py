@@ -60,7 +60,10 @@ def find_end_of_wal(directory: Path, start_lsn: int, magic: int) -> int:
         )
     complete_end = _complete_end(segments, first)
     # Zeros from the very start on are the rest of a switched segment if that is complete.
-    decoder = WalDecoder(start_lsn, magic, assume_switch=not segments[first])
+    try:
+        decoder = WalDecoder(start_lsn, magic, assume_switch=not segments[first])
+    except ValueError as e:
+        raise WalStorageError(f"the persisted commit LSN cannot be right: {e}") from e
     reader = SegmentReader(directory)
     try:
         for _, data in reader.chunks(start_lsn):

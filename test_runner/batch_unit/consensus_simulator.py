@@ -223,9 +223,10 @@ class Simulation:
         return [one for one in self.configurations if one.number >= self.established]
 
     def whole(self, slot: int, instance: bytes) -> bool:
-        """Whether a member is there, with its memory."""
+        """Whether a member is there, with its memory, and has got WAL if there is any."""
         node = self.slots[slot]
-        return node.instance == instance and not node.disk.state.recovering
+        known = node.acceptor.flush_lsn > 0 or not self.committed
+        return node.instance == instance and not node.disk.state.recovering and known
 
     def expendable(self, slot: int) -> bool:
         """Whether a majority of everybody who matters would stay whole, and known, without it."""
