@@ -156,6 +156,10 @@ def _carry_out(env: LocalEnv, change: Change) -> None:
         stop_daemon(daemon, "fast")
     if change.added is not None:
         start_safekeeper(env, change.added)
+    say(
+        "it counts for a branch from the next start of a compute on it; start one on each branch "
+        "before the next change"
+    )
     if change.running_nodes:
         say("these nodes go on with the safekeepers of before: stop and start each of them")
         for name in change.running_nodes:

@@ -24,6 +24,7 @@ from safekeeper.verify_wal import last_record_end, wal_damaged
 from safekeeper.wal_files import (
     SegmentReader,
     WalDamagedError,
+    WalStorageError,
     WalUnreadableError,
     list_segments,
     segment_path,
