@@ -168,13 +168,20 @@ def start(ctx: CliContext, overrides: tuple[str, ...]) -> None:
 
 
 def start_environment(env: LocalEnv, overrides: tuple[str, ...] = ()) -> None:
-    """Start all daemons; raises ControlPlaneError naming the one that fails."""
+    """Start all daemons; raises ControlPlaneError naming the one that fails.
+
+    A safekeeper that cannot start does not keep the others from it: they may be a majority.
+    """
     start_pageserver(env, overrides)
-    for conf in env.safekeepers:
+    failures: list[tuple[int, ControlPlaneError]] = []
+    for conf in list(env.safekeepers):
         try:
             start_safekeeper(env, conf.id)
         except ControlPlaneError as e:
-            raise ControlPlaneError(f"safekeeper '{conf.id}' start failed: {e}") from e.__cause__
+            failures.append((conf.id, e))
+    if failures:
+        said = "\n".join(f"safekeeper '{node_id}' start failed: {e}" for node_id, e in failures)
+        raise ControlPlaneError(said) from failures[0][1].__cause__
 
 
 def start_pageserver(env: LocalEnv, overrides: tuple[str, ...] = ()) -> None:

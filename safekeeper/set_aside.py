@@ -1,7 +1,8 @@
 """Damaged files of a timeline are put aside, not deleted: they may hold what no other place has.
 
 They lie in a directory ``damaged-N`` of the timeline's directory until the timeline is whole again.
-Whoever calls these has made durable before that the timeline is recovering, so a crash in between
+Before WAL is put aside it is durable that the timeline is recovering; a control file that is put
+aside could not be read, or is missed because the registry knows the timeline. So a crash in between
 finds a shorter log of a timeline that does not vote, never a shorter log of one that does.
 """
 
@@ -51,7 +52,10 @@ def set_wal_aside(directory: Path, good_end: int, *, sync: bool) -> Path:
 
 
 def set_all_aside(directory: Path, *, sync: bool) -> Path:
-    """Put aside the control file, which is damaged, and all WAL; where they are now. OSError."""
+    """Put aside the control file, which is damaged or gone, and all WAL; where they are now.
+
+    Raises OSError.
+    """
     aside = _make_directory(directory)
     for _, path in reversed(list_segment_files(directory)):
         path.rename(aside / path.name)

@@ -31,7 +31,7 @@ from safekeeper.delivery import Delivery, DeliveryFileError
 from safekeeper.load_timeline import after_damage, load_state, open_wal
 from safekeeper.metrics import TimelineMetrics
 from safekeeper.set_aside import remove_set_aside
-from safekeeper.timeline_registry import TimelineRegistry
+from safekeeper.timeline_registry import RegistryError, TimelineRegistry
 from safekeeper.verify_wal import WalVerifier
 from safekeeper.wal_end import WalEnd
 from safekeeper.wal_files import WalDamagedError, WalStorageError
@@ -89,6 +89,9 @@ class Timeline:
         state = load_state(timeline_id, directory, registry, sync=sync)
         self._storage = WalStorage(directory, sync=sync, helper=helper)
         state = open_wal(directory, state, self._storage, sync=sync)
+        if not state.recovering:
+            # A crash may have come between the end of a recovery and this.
+            remove_set_aside(directory)
         # Behind it everything was decoded just now.
         magic = wal_magic(state.server.pg_version)
         self._verifier = WalVerifier(directory, state.commit_lsn, magic)
@@ -267,7 +270,7 @@ class Timeline:
         """Make sure that WAL of a range is undamaged, before it is read from the files.
 
         Raises WalDamagedError: the timeline is out of service until it is loaded again, and
-        recovering then. Raises OSError.
+        recovering then. Raises RegistryError, OSError.
         """
         try:
             self._verifier.ensure(begin_lsn, end_lsn)
@@ -282,7 +285,7 @@ class Timeline:
                 if self.failure is not None:
                     return
                 self.check_wal(segno * WAL_SEGMENT_SIZE, (segno + 1) * WAL_SEGMENT_SIZE)
-        except (WalStorageError, OSError) as e:
+        except (WalStorageError, RegistryError, OSError) as e:
             logger.error("timeline %s: checking its WAL ends: %s", self.id, e)
 
     def _damaged(self, error: WalDamagedError) -> None:

@@ -216,6 +216,11 @@ def test_wiped_disk_does_not_vote(env: ZenithEnv) -> None:
     wiped.stop()
     shutil.rmtree(wiped.data_dir)
     wiped.data_dir.mkdir()
+    # The others start all the same.
+    env.safekeepers[0].stop()
+    assert "safekeeper '2' start failed" in refusal(env, "start")
+    assert env.zenith_cli.raw_cli(["safekeeper", "status", "3"]).returncode == 0
+    env.safekeepers[2].kill()
     said = refusal(env, "safekeeper", "start", "2")
     assert "safekeeper 2 has lost its disk" in said
     assert "zenith safekeeper replace 2" in said
