@@ -241,6 +241,10 @@ class Proposer(Quorum):
         """The highest generation known to be established; the ones below do not matter."""
         return self.membership.generation if self.established else self._known_established
 
+    def awaits_greeting(self, index: int) -> bool:
+        """Whether a safekeeper has not answered a greeting yet."""
+        return bool(self._standings[index].asked)
+
     def sources(self, index: int) -> list[int]:
         """Safekeepers that hold the WAL at a peer's next_lsn in our term, the best one first."""
         position = self.peers[index].next_lsn

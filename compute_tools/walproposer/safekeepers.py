@@ -150,10 +150,11 @@ class SafekeeperPool:
 
     def drop_silent(self, now: float) -> None:
         """End sessions that answer no heartbeats: the peer or the network is stuck."""
-        idle = (PeerState.GREETED, PeerState.VOTED)  # nothing was asked
+        idle = (PeerState.GREETED, PeerState.VOTED)  # nothing was asked but greetings
         for member in self.members:
             link = member.link
-            if member.peer.state in idle or (link is not None and link.heard):
+            quiet = member.peer.state in idle and not self._core.awaits_greeting(member.index)
+            if quiet or (link is not None and link.heard):
                 member.heard_at = now
                 if link is not None:
                     link.heard = False
