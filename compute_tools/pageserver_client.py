@@ -67,6 +67,19 @@ class PageserverClient:
         except (KeyError, TypeError, LsnParseError) as e:
             raise PageserverError(f"the pageserver describes the timeline as {detail!r}") from e
 
+    def positions(self) -> tuple[Lsn, Lsn]:
+        """Where the timeline's own WAL begins, and the end of the last record there is of it."""
+        detail = self._http("GET", "")
+        try:
+            local = detail["local"]
+            branched = local["ancestor_timeline_id"] is not None
+            begin = local["ancestor_lsn"] if branched else local["initdb_lsn"]
+            return Lsn.parse(begin), Lsn.parse(local["last_record_lsn"])
+        except (KeyError, TypeError) as e:
+            raise PageserverError(
+                f"the pageserver does not have timeline {self._spec.timeline_id}"
+            ) from e
+
     def basebackup(self, lsn: Lsn) -> bytes:
         """The base backup at `lsn`, a tar stream; the pageserver waits until it has that LSN.
 

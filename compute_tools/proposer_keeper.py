@@ -74,7 +74,7 @@ class ProposerKeeper:
         self._process = self._first = ProposerProcess.start(spec, wake)
         self._stage = _Stage.ELECTION
         self._limit = RestartLimit()
-        self._lags = (0, 0)
+        self._lags = (0, 0, 0)
         self._predecessors = Predecessors(frozenset(), 0)
         self._base_lsn: Lsn | None = None
         self._bootstrap = False
@@ -105,14 +105,14 @@ class ProposerKeeper:
         self._base_lsn = base_lsn
         self._stage = _Stage.STREAMING
 
-    def set_limits(self, write_lag: int, flush_lag: int) -> None:
+    def set_limits(self, write_lag: int, flush_lag: int, apply_lag: int) -> None:
         """Hold commits back while the pageserver lags more than that, in bytes; 0 is no limit.
 
         Raises ProposerError.
         """
-        self._lags = (write_lag, flush_lag)
+        self._lags = (write_lag, flush_lag, apply_lag)
         if self._stage is not _Stage.PAUSE:
-            self._process.set_limits(write_lag, flush_lag)
+            self._process.set_limits(*self._lags)
 
     # While Postgres runs
 

@@ -61,20 +61,19 @@ class ProposerProcess:
         takes up the stream of the Postgres they served.
         """
         safekeepers = ",".join(address_text(*address) for address in spec.safekeepers)
+        arguments = [
+            f"--tenant={spec.tenant_id}",
+            f"--timeline={spec.timeline_id}",
+            f"--safekeepers={safekeepers}",
+            f"--pageserver-connstr={spec.pageserver_connstr}",
+            f"--pgdata={spec.pgdata}",
+            f"--feedback-file={spec.feedback_file}",
+            *_inheritance(predecessors),
+        ]
+        if spec.membership.members:
+            arguments.append(f"--membership={json.dumps(spec.membership.to_json())}")
         process = subprocess.Popen(
-            [
-                sys.executable,
-                "-P",
-                "-m",
-                "compute_tools.walproposer",
-                f"--tenant={spec.tenant_id}",
-                f"--timeline={spec.timeline_id}",
-                f"--safekeepers={safekeepers}",
-                f"--pageserver-connstr={spec.pageserver_connstr}",
-                f"--pgdata={spec.pgdata}",
-                f"--feedback-file={spec.feedback_file}",
-                *_inheritance(predecessors),
-            ],
+            [sys.executable, "-P", "-m", "compute_tools.walproposer", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             # The terminal's Ctrl-C is the supervisor's to handle.
@@ -94,9 +93,11 @@ class ProposerProcess:
         """
         event = self._wait_for("elected", ELECTION_TIMEOUT)
         if event is None:
+            with self._changed:
+                waiting = self._events.get("waiting", {}).get("message", "are they running?")
             raise ProposerError(
                 f"no majority of the safekeepers ({self._safekeepers}) answered within "
-                f"{ELECTION_TIMEOUT:.0f} s: are they running?"
+                f"{ELECTION_TIMEOUT:.0f} s: {waiting}"
             )
         return None if event["bootstrap"] else Lsn.parse(event["epoch_start_lsn"])
 

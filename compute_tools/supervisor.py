@@ -252,10 +252,28 @@ class Supervisor:
             return self._pageserver.last_record_lsn()
         synced = proposer.wait_elected()
         if synced is None:
-            # Nothing was ever written: the timeline's own LSN is where its WAL begins.
-            return self._pageserver.last_record_lsn()
+            return self._bootstrap_lsn()
         progress(f"Safekeepers synced on {synced}")
         return synced
+
+    def _bootstrap_lsn(self) -> Lsn:
+        """No safekeeper ever had WAL: the timeline's own LSN is where its WAL begins.
+
+        Unless there is some in the pageserver: then they have lost theirs, and beginning again at
+        what the pageserver happens to have could drop what was acknowledged. Raises ProposerError.
+        """
+        begin, end = self._pageserver.positions()
+        if end > begin:
+            raise ProposerError(
+                f"the safekeepers have no WAL of timeline {self._spec.timeline_id}, but the "
+                f"pageserver has it up to {end}, from {begin} on: they have lost it, or are not "
+                "those that it was written with. Start the right ones, or restore their disks. If "
+                "what the pageserver has is all there is (also if there were no safekeepers "
+                "before), go on from there on a new branch:\n"
+                f"    zenith timeline branch --branch-name NEW --ancestor-branch-name OLD\n"
+                "    zenith pg start NODE --branch-name NEW"
+            )
+        return end
 
     def _generate_config(self) -> dict[str, str]:
         settings = self._config.generate()

@@ -16,7 +16,9 @@ from pathlib import Path
 
 from compute_tools import datadir, postgres_conf, state
 from compute_tools.postgres_process import PostgresError, end_leftovers
+from compute_tools.safekeeper_membership import NOT_KNOWN
 from compute_tools.spec import ComputeSpec, SpecError, address_text
+from control_plane import membership, node_safekeepers
 from control_plane.addresses import parse_address
 from control_plane.environment import daemon_environment
 from control_plane.errors import ControlPlaneError
@@ -179,6 +181,13 @@ class Compute:
         )
 
     def _spec(self) -> ComputeSpec:
+        env, safekeepers = self.env, self.safekeepers
+        own = node_safekeepers.were_own(env, safekeepers)
+        if own:
+            safekeepers = node_safekeepers.own_addresses(env)
+            # A change of the configuration may have been broken off before it came here.
+            if not node_safekeepers.are_own(env, self.safekeepers):
+                node_safekeepers.follow(self.pgdata, safekeepers)
         return ComputeSpec(
             tenant_id=self.tenant_id,
             timeline_id=self.timeline_id,
@@ -188,7 +197,8 @@ class Compute:
             pageserver_pg=parse_address(self.env.pageserver.listen_pg_addr),
             pageserver_http=parse_address(self.env.pageserver.listen_http_addr),
             port=self.port,
-            safekeepers=self.safekeepers,
+            safekeepers=safekeepers,
+            membership=membership.membership(self.env) if own else NOT_KNOWN,
             lsn=self.lsn,
             hot_standby=self.hot_standby,
             superuser=SUPERUSER,
@@ -250,6 +260,26 @@ class ComputeControlPlane:
                 on_broken(e)
         return found
 
+    def follow_safekeepers(self, before: node_safekeepers.Addresses) -> list[str]:
+        """Give the environment's safekeepers to all nodes that have those of before.
+
+        Returns the names of the nodes among them that run, and go on as they are until they are
+        started anew. Nodes whose settings cannot be read are left out.
+        """
+        addresses = node_safekeepers.own_addresses(self._env)
+        running = []
+        for directory in sorted((self._env.repo_dir / "pgdatadirs" / "tenants").glob("*")):
+            try:
+                nodes = self.nodes(TenantId.parse(directory.name), lambda _: None)
+            except IdParseError:
+                continue
+            for node in nodes:
+                if sorted(node.safekeepers) == sorted(before) and before:
+                    node_safekeepers.follow(node.pgdata, addresses)
+                    if state.read(node.state_dir).supervisor_pid is not None:
+                        running.append(node.name)
+        return running
+
     def living(self) -> list[tuple[str, Path]]:
         """Name and state directory of each node of any tenant that has a supervisor."""
         directories = sorted((self._env.repo_dir / "computes").glob("*/*"))
@@ -294,7 +324,7 @@ class ComputeControlPlane:
                 timeline_id=timeline_id,
                 port=self._free_port() if port is None else port,
                 lsn=lsn,
-                safekeepers=tuple(("localhost", s.pg_port) for s in self._env.safekeepers),
+                safekeepers=node_safekeepers.own_addresses(self._env),
                 hot_standby=hot_standby,
             )
             _make_directory(compute.pgdata.parent)
@@ -378,7 +408,7 @@ def postgresql_conf(compute: Compute) -> str:
     settings["max_replication_flush_lag"] = "10GB"
     if compute.safekeepers:
         settings["synchronous_standby_names"] = "walproposer"
-        settings["wal_acceptors"] = ",".join(address_text(*a) for a in compute.safekeepers)
+        settings["wal_acceptors"] = node_safekeepers.setting(compute.safekeepers)
     else:
         settings["synchronous_commit"] = "remote_write"
         settings["synchronous_standby_names"] = "pageserver"

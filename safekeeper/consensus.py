@@ -136,6 +136,8 @@ class Acceptor:
         `instance` is that of the safekeeper's data directory.
         """
         self.instance = instance
+        self.needed_lsn = 0
+        """Pageservers have durably what is below; the driver keeps it up to date."""
         self.log = AppendState(
             flush_lsn,
             term=state.term,
@@ -195,12 +197,7 @@ class Acceptor:
             raise ConsensusError(
                 f"unsupported WAL segment size {message.wal_seg_size}, expected {WAL_SEGMENT_SIZE}"
             )
-        if any(message.instance) and message.instance != self.instance:
-            raise ConsensusError(
-                f"this safekeeper's disk is not the one the configuration knows: it was replaced "
-                f"or wiped; replace it by a new safekeeper (expected instance "
-                f"{message.instance.hex()}, this is {self.instance.hex()})"
-            )
+        check_instance(message, self.instance)
         known = state.server
         if message.system_id and known.system_id and message.system_id != known.system_id:
             raise ConsensusError(
@@ -243,7 +240,7 @@ class Acceptor:
             state.term,
             newer and not state.recovering,
             self.flush_lsn,
-            state.peer_horizon_lsn,
+            min(state.peer_horizon_lsn, self.needed_lsn),
             history_up_to(state.term_history, self.flush_lsn),
             state.generation,
             state.established,
@@ -279,7 +276,9 @@ class Acceptor:
                 f"refusing to truncate WAL to {lsn_text(start)} "
                 f"below commit LSN {lsn_text(self.commit_lsn)}"
             )
-        if self.flush_lsn and start > self.next_lsn:
+        # One that is recovering may lack so much that nobody has, or needs, all of it any more.
+        gap = self.flush_lsn != 0 and start > self.next_lsn
+        if gap and not self.state.recovering:
             raise ConsensusError(
                 f"cannot stream from {lsn_text(start)}: local WAL ends at {lsn_text(self.next_lsn)}"
             )
@@ -289,6 +288,10 @@ class Acceptor:
         if message.term > self.state.term:
             # Lift the term before cutting: no answer of an older leader may count from here on.
             self.state = replace(self.state, term=message.term)
+            actions.append(Persist(self.state))
+        if gap:
+            # As of a log that begins at `start`: it is the first WAL that is found after a crash.
+            self.state = replace(self.state, commit_lsn=0)
             actions.append(Persist(self.state))
         actions.append(TruncateWal(start))
         followed = replace(
@@ -365,6 +368,16 @@ class Acceptor:
         )
         return ConsensusError(
             f"{what}: begins at {lsn_text(begin_lsn)}, WAL ends at {lsn_text(self.next_lsn)}"
+        )
+
+
+def check_instance(message: ProposerGreeting, instance: bytes) -> None:
+    """Refuse a proposer that knows this safekeeper with another disk; raises ConsensusError."""
+    if any(message.instance) and message.instance != instance:
+        raise ConsensusError(
+            "this safekeeper's disk is not the one the configuration knows: it was replaced or "
+            f"wiped; replace it by a new safekeeper (expected instance {message.instance.hex()}, "
+            f"this is {instance.hex()})"
         )
 
 

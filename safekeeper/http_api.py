@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from safekeeper.control_file import ControlFileError
+from safekeeper.identity import Identity
 from safekeeper.timeline import TimelineFailedError
 from safekeeper.timelines import TimelineExistsError, TimelineNotFoundError, Timelines
 from safekeeper.wal_files import WalStorageError
@@ -16,8 +17,8 @@ from zenith_utils.lsn import lsn_text
 class HttpApi:
     """Handlers of the routes."""
 
-    def __init__(self, node_id: int, timelines: Timelines) -> None:
-        self._node_id = node_id
+    def __init__(self, identity: Identity, timelines: Timelines) -> None:
+        self._identity = identity
         self._timelines = timelines
 
     def routes(self) -> list[Route]:
@@ -25,12 +26,28 @@ class HttpApi:
         return [
             Route("GET", "/v1/status", self._status),
             Route("GET", "/v1/timeline/{tenant_id}/{timeline_id}", self._timeline_status),
+            Route("GET", "/v1/timeline", self._list_timelines),
             Route("POST", "/v1/timeline", self._create_timeline),
         ]
 
     def _status(self, request: Request) -> dict[str, Any]:
         del request
-        return {"id": self._node_id}
+        return {"id": self._identity.id, "instance": self._identity.instance.hex()}
+
+    def _list_timelines(self, request: Request) -> list[dict[str, Any]]:
+        """What changes of the membership have to know of each timeline."""
+        del request
+        return [
+            {
+                "tenant_id": str(state.tenant_id),
+                "timeline_id": str(state.timeline_id),
+                "commit_lsn": lsn_text(state.commit_lsn),
+                "generation": state.generation,
+                "established": state.established,
+                "recovering": state.recovering,
+            }
+            for state in self._timelines.states()
+        ]
 
     def _timeline_status(self, request: Request) -> dict[str, Any]:
         timeline_id = TenantTimelineId(request.tenant_id(), request.timeline_id())
@@ -58,6 +75,9 @@ class HttpApi:
             "peer_horizon_lsn": lsn_text(state.peer_horizon_lsn),
             "remote_consistent_lsn": lsn_text(state.remote_consistent_lsn),
             "flush_lsn": lsn_text(acceptor.flush_lsn),
+            "generation": state.generation,
+            "established": state.established,
+            "recovering": state.recovering,
         }
 
     def _create_timeline(self, request: Request) -> Response:

@@ -14,10 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from safekeeper import control_file
+from safekeeper import control_file, identity
 from safekeeper.callmemaybe import CallMeMaybe
 from safekeeper.http_api import HttpApi
+from safekeeper.identity import IdentityError
 from safekeeper.metrics import SafekeeperMetrics
+from safekeeper.timeline_registry import RegistryError
 from safekeeper.timelines import Timelines
 from safekeeper.wal_service import WalService
 from zenith_utils.daemonize import (
@@ -28,7 +30,6 @@ from zenith_utils.daemonize import (
     daemonize,
     parse_address,
 )
-from zenith_utils.durable import write_file_durably
 from zenith_utils.duration import DurationError, parse_duration
 from zenith_utils.errors import render_error
 from zenith_utils.http_server import HttpServer, metrics_route
@@ -42,7 +43,6 @@ logger = logging.getLogger(__name__)
 DEFAULT_PG_ADDRESS: Final = "127.0.0.1:5454"
 DEFAULT_HTTP_ADDRESS: Final = "127.0.0.1:7676"
 
-_ID_FILE = "safekeeper.id"
 _LOCK_FILE = "safekeeper.lock"
 _LOG_FILE = "safekeeper.log"
 _PID_FILE = "safekeeper.pid"
@@ -69,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(args)
     except (
         StartError,
+        IdentityError,
+        RegistryError,
         control_file.ControlFileError,
         AddressError,
         BindError,
@@ -116,7 +118,7 @@ def _run(args: argparse.Namespace) -> int:
         raise StartError(f"data directory {directory} does not exist")
     os.chdir(directory)
     lock_fd = _lock(directory)
-    node_id = _node_id(directory, args.id)
+    me = identity.load_or_create(directory, args.id)
     if args.init:
         os.close(lock_fd)
         return 0
@@ -135,12 +137,12 @@ def _run(args: argparse.Namespace) -> int:
 
     logger.info("version: %s", version_text("safekeeper"))
     metrics = SafekeeperMetrics()
-    timelines = Timelines(directory, metrics, sync=not args.no_sync)
+    timelines = Timelines(directory, metrics, sync=not args.no_sync, instance=me.instance)
     host = parse_address(args.listen_pg)[0]
     callmemaybe = CallMeMaybe((host, pg_socket.getsockname()[1]), args.recall)
     streams = metrics.watch_delivery(callmemaybe)
     service = WalService(timelines, callmemaybe, streams)
-    routes = [*HttpApi(node_id, timelines).routes(), metrics_route(metrics.metrics)]
+    routes = [*HttpApi(me, timelines).routes(), metrics_route(metrics.metrics)]
     # Before a compute can connect, whose word about its pageserver is newer.
     for timeline_id, connstr in timelines.undelivered():
         callmemaybe.subscribe(timeline_id, connstr)
@@ -149,8 +151,8 @@ def _run(args: argparse.Namespace) -> int:
     HttpServer(http_socket, routes).start()
     threading.Thread(target=_save_progress, args=(timelines,), name="progress", daemon=True).start()
     logger.info(
-        "safekeeper %d listens on %s (http %s) in %s",
-        node_id, args.listen_pg, args.listen_http, directory,
+        "safekeeper %d (instance %s) listens on %s (http %s) in %s",
+        me.id, me.instance.hex(), args.listen_pg, args.listen_http, directory,
     )  # fmt: skip
     received = signal.sigwait(_SIGNALS)
     logger.info("terminated by %s", signal.Signals(received).name)
@@ -177,25 +179,6 @@ def _lock(directory: Path) -> int:
         os.close(fd)
         raise StartError(f"control file {path} is locked by some other process") from None
     return fd
-
-
-def _node_id(directory: Path, given: int | None) -> int:
-    """The id of this node: stored, or given and stored now. Raises StartError."""
-    path = directory / _ID_FILE
-    try:
-        text = path.read_text().strip()
-    except FileNotFoundError:
-        if given is None:
-            raise StartError("safekeeper id is not specified") from None
-        if not 0 <= given < 1 << 64:
-            raise StartError(f"safekeeper id {given} does not fit 64 bits") from None
-        write_file_durably(path, b"%d" % given)
-        return given
-    if not text.isdecimal():
-        raise StartError(f"{path} does not hold a number: {text!r}")
-    if given is not None and given != int(text):
-        raise StartError(f"safekeeper already initialized with id {text}, can't set {given}")
-    return int(text)
 
 
 if __name__ == "__main__":

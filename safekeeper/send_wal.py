@@ -141,6 +141,7 @@ class WalSender:
         end = min(limit, lsn + MAX_SEND_SIZE)
         if end < limit:
             end -= end % WAL_BLCKSZ
+        self._timeline.check_wal(lsn, end)
         data = self._reader.read(lsn, end - lsn)
         check()
         header = _XLOG_DATA.pack(b"w", lsn, limit, postgres_timestamp())

@@ -16,11 +16,25 @@ from pathlib import Path
 from typing import NoReturn
 
 from postgres_ffi.wal_decoder import WalDecodeError
+from postgres_ffi.wal_format import WAL_SEGMENT_SIZE
 from safekeeper import control_file, delivery
-from safekeeper.consensus import Acceptor, Action, Persist, Reply, Session, TruncateWal
+from safekeeper.consensus import (
+    Acceptor,
+    Action,
+    ControlState,
+    Persist,
+    Reply,
+    Session,
+    TruncateWal,
+)
 from safekeeper.delivery import Delivery, DeliveryFileError
+from safekeeper.load_timeline import after_damage, load_state, open_wal
 from safekeeper.metrics import TimelineMetrics
+from safekeeper.set_aside import remove_set_aside
+from safekeeper.timeline_registry import RegistryError, TimelineRegistry
+from safekeeper.verify_wal import WalVerifier
 from safekeeper.wal_end import WalEnd
+from safekeeper.wal_files import WalDamagedError, WalStorageError
 from safekeeper.wal_storage import FlushError, InvalidWalError, WalStorage, wal_magic
 from zenith_utils.ids import TenantTimelineId
 from zenith_utils.lsn import lsn_text
@@ -56,12 +70,15 @@ class Timeline:
         directory: Path,
         metrics: TimelineMetrics,
         *,
+        registry: TimelineRegistry,
+        instance: bytes,
         sync: bool,
         helper: Executor,
     ) -> None:
-        """Load the timeline in `directory`: control file, end of WAL.
+        """Load the timeline in `directory`: control file, end of WAL. `instance` is the node's.
 
-        Raises FileNotFoundError (no control file), ControlFileError, WalStorageError.
+        Damage makes it `recovering`. Raises FileNotFoundError (no such timeline), ControlFileError,
+        WalStorageError, RegistryError, OSError.
         """
         self.id = timeline_id
         self.directory = directory
@@ -69,19 +86,22 @@ class Timeline:
         self.failure: BaseException | None = None
         self.metrics = metrics
         self._sync = sync
-        state = control_file.load(directory / control_file.CONTROL_FILE_NAME, sync=sync)
-        if (state.tenant_id, state.timeline_id) != timeline_id:
-            raise control_file.ControlFileError(
-                f"{directory / control_file.CONTROL_FILE_NAME} belongs to timeline "
-                f"{state.tenant_id}-{state.timeline_id}"
-            )
+        self._registry = registry
+        state = load_state(timeline_id, directory, registry, sync=sync)
         self._storage = WalStorage(directory, sync=sync, helper=helper)
-        self._storage.open(state.commit_lsn, wal_magic(state.server.pg_version))
-        self.acceptor = Acceptor(state, self._storage.flush_lsn)
+        state = open_wal(directory, state, self._storage, sync=sync)
+        if not state.recovering:
+            # A crash may have come between the end of a recovery and this.
+            remove_set_aside(directory)
+        # Behind it everything was decoded just now.
+        magic = wal_magic(state.server.pg_version)
+        self._verifier = WalVerifier(directory, state.commit_lsn, magic)
+        self.acceptor = Acceptor(state, self._storage.flush_lsn, instance)
         self._advanced = threading.Condition()
         self._waiting = 0
         self._computes = 0
         self._feedback = NO_FEEDBACK
+        self._recovering = state.recovering
         self._delivery_lock = threading.Lock()
         self._delivery = self._saved_delivery = self._load_delivery()
         self._hs_feedbacks: dict[object, HotStandbyFeedback] = {}
@@ -91,8 +111,9 @@ class Timeline:
         self._feedback_changed()
         self._update_metrics()
         logger.info(
-            "loaded timeline %s: term %d, flush LSN %s, commit LSN %s",
+            "loaded timeline %s: term %d, flush LSN %s, commit LSN %s%s",
             timeline_id, state.term, lsn_text(self.flush_lsn), lsn_text(self.commit_lsn),
+            ", recovering" if state.recovering else "",
         )  # fmt: skip
 
     @property
@@ -131,6 +152,8 @@ class Timeline:
             if isinstance(message, ProposerGreeting):
                 actions = self.acceptor.greet(session, message)
             elif isinstance(message, VoteRequest):
+                known = self._delivery
+                self.acceptor.needed_lsn = 0 if known is None else known.flush_lsn
                 actions = self.acceptor.vote(session, message)
             else:
                 actions = self.acceptor.elected(session, message)
@@ -240,24 +263,70 @@ class Timeline:
                 if isinstance(action, Reply):
                     replies.append(action.message)
                 elif isinstance(action, Persist):
-                    started = time.perf_counter()
-                    control_file.store(self.directory, action.state, sync=self._sync)
-                    self.metrics.observe_persist(time.perf_counter() - started)
+                    self._persist(action.state)
                 else:
                     assert isinstance(action, TruncateWal)
-                    magic = wal_magic(self.acceptor.state.server.pg_version)
-                    self._storage.truncate(action.lsn, magic)
+                    state = self.acceptor.state
+                    magic = wal_magic(state.server.pg_version)
+                    self._storage.truncate(action.lsn, magic, may_skip=state.recovering)
         except BaseException as e:
             self._fail(e)
             raise
         self._update_metrics()
         return replies
 
+    def _persist(self, state: ControlState) -> None:
+        started = time.perf_counter()
+        # The promise of a term is where it survives the control file, before it is in there.
+        self._registry.note(self.id, state.term)
+        control_file.store(self.directory, state, sync=self._sync)
+        self.metrics.observe_persist(time.perf_counter() - started)
+        if self._recovering and not state.recovering:
+            logger.info("timeline %s is whole again", self.id)
+            remove_set_aside(self.directory)
+        self._recovering = state.recovering
+
     def _fail(self, error: BaseException) -> None:
         """The acceptor is ahead of the disk now: never use it again."""
         self.failure = error
         logger.error("timeline %s in %s failed: %s", self.id, self.directory, error)
         self.wake_readers()
+
+    # ---- WAL of earlier runs
+
+    def check_wal(self, begin_lsn: int, end_lsn: int) -> None:
+        """Make sure that WAL of a range is undamaged, before it is read from the files.
+
+        Raises WalDamagedError: the timeline is out of service until it is loaded again, and
+        recovering then. Raises RegistryError, OSError.
+        """
+        try:
+            self._verifier.ensure(begin_lsn, end_lsn)
+        except WalDamagedError as e:
+            self._damaged(e)
+            raise
+
+    def check_all_wal(self) -> None:
+        """Check what nobody has read yet, a segment at a time; damage is logged."""
+        try:
+            for segno in self._verifier.missing():
+                if self.failure is not None:
+                    return
+                self.check_wal(segno * WAL_SEGMENT_SIZE, (segno + 1) * WAL_SEGMENT_SIZE)
+        except (WalStorageError, RegistryError, OSError) as e:
+            logger.error("timeline %s: checking its WAL ends: %s", self.id, e)
+
+    def _damaged(self, error: WalDamagedError) -> None:
+        """Remember durably that the log cannot be vouched for, and go out of service."""
+        with self.lock:
+            if self.failure is not None:
+                return
+            try:
+                self._persist(after_damage(self.acceptor.state, error.good_end))
+            except BaseException as e:
+                self._fail(e)
+                raise
+            self._fail(error)
 
     def _update_metrics(self) -> None:
         self.metrics.positions = (self.acceptor.commit_lsn, self.acceptor.flush_lsn)

@@ -12,10 +12,13 @@ from safekeeper import control_file, delivery
 from safekeeper.consensus import ControlState, PeerInfo
 from safekeeper.control_file import ControlFileError
 from safekeeper.delivery import DeliveryFileError
+from safekeeper.identity import INSTANCE_SIZE
 from safekeeper.metrics import SafekeeperMetrics
 from safekeeper.timeline import Timeline
+from safekeeper.timeline_registry import TimelineRegistry
 from zenith_utils.durable import fsync_dir
 from zenith_utils.ids import IdParseError, TenantId, TenantTimelineId, TimelineId
+from zenith_utils.thread_priority import become_background
 
 logger = logging.getLogger(__name__)
 
@@ -31,18 +34,33 @@ class TimelineExistsError(Exception):
 class Timelines:
     """Registry of timelines below a data directory: ``<tenant>/<timeline>/``."""
 
-    def __init__(self, directory: Path, metrics: SafekeeperMetrics, *, sync: bool) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        metrics: SafekeeperMetrics,
+        *,
+        sync: bool,
+        instance: bytes = bytes(INSTANCE_SIZE),
+    ) -> None:
+        """`instance` is that of the data directory. Raises RegistryError, OSError."""
         self._directory = directory
         self._metrics = metrics
+        self.instance = instance
         self._sync = sync
         self._lock = threading.Lock()
         self._loaded: dict[TenantTimelineId, Timeline] = {}
         self._helper = ThreadPoolExecutor(2, thread_name_prefix="wal-segments")
+        self._checker = ThreadPoolExecutor(
+            1, thread_name_prefix="check-wal", initializer=become_background
+        )
+        present = [timeline_id for timeline_id, _ in self._control_files()]
+        self._registry = TimelineRegistry(directory, present, sync=sync)
 
     def get(self, timeline_id: TenantTimelineId) -> Timeline:
         """The timeline, loaded if need be.
 
-        Raises TimelineNotFoundError, TimelineFailedError, ControlFileError, WalStorageError.
+        Raises TimelineNotFoundError, TimelineFailedError, ControlFileError, WalStorageError,
+        RegistryError, OSError.
         """
         with self._lock:
             timeline = self._loaded.get(timeline_id)
@@ -68,7 +86,8 @@ class Timelines:
         """
         with self._lock:
             directory = self._path(timeline_id)
-            if (directory / control_file.CONTROL_FILE_NAME).exists():
+            known = self._registry.term(timeline_id) is not None
+            if known or (directory / control_file.CONTROL_FILE_NAME).exists():
                 raise TimelineExistsError(f"timeline {timeline_id} already exists")
             directory.mkdir(parents=True, exist_ok=True)
             peers = tuple((peer, PeerInfo(0, 0, 0, 0)) for peer in peer_ids)
@@ -77,6 +96,7 @@ class Timelines:
             if self._sync:
                 fsync_dir(directory.parent)
                 fsync_dir(self._directory)
+            self._registry.note(timeline_id, 0)
             logger.info("created timeline %s", timeline_id)
             return self._load(timeline_id, None)
 
@@ -86,18 +106,28 @@ class Timelines:
         Nothing is loaded: of a timeline that is at rest two small files are read. What cannot be
         read is logged and does not hide the others.
         """
-        for path in sorted(self._directory.glob(f"*/*/{control_file.CONTROL_FILE_NAME}")):
+        for timeline_id, path in self._control_files():
             try:
-                timeline_id = TenantTimelineId(
-                    TenantId.parse(path.parent.parent.name), TimelineId.parse(path.parent.name)
-                )
                 known = delivery.load(path.parent)
                 if known is not None and control_file.load(path).commit_lsn > known.flush_lsn:
                     yield timeline_id, known.connstr
-            except IdParseError:
-                logger.warning("%s is no timeline's directory, ignored", path.parent)
             except (ControlFileError, DeliveryFileError, OSError) as e:
                 logger.error("cannot tell whether WAL is to be delivered: %s", e)
+
+    def states(self) -> list[ControlState]:
+        """The durable state of every timeline; recovering where it cannot be read."""
+        loaded = {timeline.id: timeline.acceptor.state for timeline in self.loaded()}
+        states = []
+        for timeline_id in self._registry.timelines():
+            state = loaded.get(timeline_id)
+            if state is None:
+                try:
+                    path = self._path(timeline_id) / control_file.CONTROL_FILE_NAME
+                    state = control_file.load(path)
+                except (ControlFileError, OSError):
+                    state = ControlState(*timeline_id, recovering=True)
+            states.append(state)
+        return states
 
     def loaded(self) -> list[Timeline]:
         """The timelines in memory."""
@@ -121,13 +151,27 @@ class Timelines:
                 timeline_id,
                 self._path(timeline_id),
                 self._metrics.timeline(timeline_id),
+                registry=self._registry,
+                instance=self.instance,
                 sync=self._sync,
                 helper=self._helper,
             )
         except FileNotFoundError as e:
             raise TimelineNotFoundError(f"timeline {timeline_id} is not on this safekeeper") from e
         self._loaded[timeline_id] = timeline
+        self._checker.submit(timeline.check_all_wal)
         return timeline
+
+    def _control_files(self) -> Iterator[tuple[TenantTimelineId, Path]]:
+        """The timelines that have a directory with a control file, and its path."""
+        for path in sorted(self._directory.glob(f"*/*/{control_file.CONTROL_FILE_NAME}")):
+            tenant, timeline = path.parent.parent.name, path.parent.name
+            try:
+                timeline_id = TenantTimelineId(TenantId.parse(tenant), TimelineId.parse(timeline))
+            except IdParseError:
+                logger.warning("%s is no timeline's directory, ignored", path.parent)
+                continue
+            yield timeline_id, path
 
     def _path(self, timeline_id: TenantTimelineId) -> Path:
         return self._directory / str(timeline_id.tenant_id) / str(timeline_id.timeline_id)

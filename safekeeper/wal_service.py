@@ -14,6 +14,7 @@ from safekeeper.json_ctrl import append_logical_message, parse_request
 from safekeeper.receive_wal import PushSession
 from safekeeper.send_wal import StreamDone, WalSender
 from safekeeper.timeline import Timeline, TimelineFailedError
+from safekeeper.timeline_registry import RegistryError
 from safekeeper.timelines import TimelineNotFoundError, Timelines
 from safekeeper.wal_files import WalStorageError
 from zenith_utils.ids import IdParseError, TenantId, TenantTimelineId, TimelineId
@@ -85,6 +86,7 @@ class WalServiceHandler:
             TimelineNotFoundError,
             TimelineFailedError,
             ControlFileError,
+            RegistryError,
             WalStorageError,
             LsnParseError,
         ) as e:

@@ -84,14 +84,21 @@ class WalStorage:
         # What was received behind the last record's end was never answered for.
         self._cut(end, (end // WAL_SEGMENT_SIZE + 1) * WAL_SEGMENT_SIZE)
 
-    def truncate(self, lsn: int, magic: int) -> None:
-        """Durably drop everything at and behind `lsn`, a record boundary; writing goes on there."""
+    def truncate(self, lsn: int, magic: int, *, may_skip: bool = False) -> None:
+        """Durably drop everything at and behind `lsn`, a record boundary; writing goes on there.
+
+        With `may_skip` it may lie behind the end: everything is dropped then, and WAL begins anew.
+        """
         self._magic = magic
         end = self.end
         if self.flush_lsn and lsn > end.write_lsn:
-            raise WalStorageError(
-                f"cannot truncate WAL to {lsn_text(lsn)}: it ends at {lsn_text(end.write_lsn)}"
-            )
+            if not may_skip:
+                raise WalStorageError(
+                    f"cannot truncate WAL to {lsn_text(lsn)}: it ends at {lsn_text(end.write_lsn)}"
+                )
+            end.flush_lsn = 0
+            self._cut(lsn, end.write_lsn)
+            return
         self.flush()
         end.flush_lsn = min(end.flush_lsn, lsn)
         if end.write_lsn != lsn:

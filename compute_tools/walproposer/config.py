@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from compute_tools.safekeeper_membership import NOT_KNOWN, SafekeeperMembership
 from compute_tools.walproposer.core import Predecessors
 from zenith_utils.ids import TenantId, TimelineId
 
@@ -27,6 +28,8 @@ class Config:
     drain_timeout: float = 10.0
     feedback_file: Path | None = None
     predecessors: Predecessors | None = None
+    membership: SafekeeperMembership = NOT_KNOWN
+    """With a member for each of `safekeepers`, or none."""
 
     @property
     def session_options(self) -> str:

@@ -5,6 +5,7 @@ Events (LSNs as text, ``X/X``):
 - ``{"event": "won", "term": n}``: a quorum has voted for it; nobody has been told yet.
 - ``{"event": "elected", "term": n, "epoch_start_lsn": "X/X", "bootstrap": bool}``: a quorum holds
   everything up to this LSN as committed. In a bootstrap it is ``0/0``: nothing was ever written.
+- ``{"event": "waiting", "message": "..."}``: there is no leader yet, because of this.
 - ``{"event": "streaming"}``: Postgres' WAL is flowing; commits are acknowledged from here on.
 - ``{"event": "status", "commit_lsn": "X/X", "feedback": {...}}``: at most once a second, when
   something has changed. The feedback is the most advanced pageserver's.
@@ -89,6 +90,10 @@ class ControlChannel:
         """A quorum is brought to the same state."""
         lsn = lsn_text(epoch_start_lsn)
         self._send(event="elected", term=term, epoch_start_lsn=lsn, bootstrap=bootstrap)
+
+    def waiting(self, message: str) -> None:
+        """What keeps this from being elected."""
+        self._send(event="waiting", message=message)
 
     def streaming(self) -> None:
         """WAL is flowing."""

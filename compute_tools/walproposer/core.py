@@ -153,6 +153,7 @@ class Proposer(Quorum):
         self._standings = [Standing() for _ in range(peer_count)]
         self._round = 0
         self._known_established = 0
+        self._needed_lsn = 0
         self._told_established = False
 
     # ---- events
@@ -377,6 +378,12 @@ class Proposer(Quorum):
             self.established or all(len(one.members & indexes) >= one.quorum for one in self.joint)
         )
 
+    def could_win(self, indexes: Set[int]) -> bool:
+        """Whether the votes of these are enough, as far as is known now."""
+        needed = [(len(indexes), self.quorum)]
+        needed += [(len(one.members & indexes), one.quorum) for one in self._joint()]
+        return all(count >= quorum for count, quorum in needed)
+
     def _votes(self) -> dict[int, VoteResponse]:
         """The votes given in this campaign, in sessions that still last."""
         return {
@@ -417,6 +424,7 @@ class Proposer(Quorum):
         self.donor = max(votes, key=rank)
         best = votes[self.donor]
         self.truncate_lsn = max(vote.truncate_lsn for vote in votes.values())
+        self._needed_lsn = self.truncate_lsn
         # A log without one complete record is as good as none: start again where it began.
         if best.flush_lsn == 0 or best.flush_lsn == best.term_history[0].lsn:
             self.bootstrap = True
@@ -488,9 +496,10 @@ class Proposer(Quorum):
     def _announce(self, index: int, recovered_lsn: int = 0) -> Sequence[Action]:
         peer = self.peers[index]
         assert peer.vote is not None
-        start = divergence_lsn(
-            self.history, peer.vote.term_history, peer.vote.flush_lsn, self.truncate_lsn
-        )
+        join_lsn = self._join_lsn()
+        start = divergence_lsn(self.history, peer.vote.term_history, peer.vote.flush_lsn, join_lsn)
+        if recovered_lsn:
+            start = max(start, join_lsn)
         peer.state = PeerState.STREAMING
         peer.next_lsn = start
         elected = ProposerElected(
@@ -502,6 +511,14 @@ class Proposer(Quorum):
         if any(standing.readmission for standing in self._standings):
             actions.append(self._greet(index))
         return actions
+
+    def _join_lsn(self) -> int:
+        """Where the log of a newcomer begins: all have what is below, and so has the pageserver.
+
+        So it is as good a place as the others for what the pageserver has still to get.
+        """
+        delivered = min(self.truncate_lsn, self.feedback.ps_flushlsn)
+        return max(self._needed_lsn, delivered, self.history[0].lsn)
 
     def _ask_for_vote(self, index: int) -> Send:
         self.peers[index].state = PeerState.VOTING

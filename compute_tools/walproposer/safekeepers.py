@@ -46,6 +46,8 @@ class Safekeeper(Member):
         super().__init__(peer)
         self.index = index
         self.address = address
+        self.trouble = ""
+        """Why there is no session, or why the last one ended."""
         self.connecting = False
         self.retry_at = 0.0
         self.retry_delay = _RETRY_FIRST
@@ -129,6 +131,7 @@ class SafekeeperPool:
 
     def _connect_failed(self, member: Safekeeper, reason: str) -> None:
         member.connecting = False
+        member.trouble = reason
         member.log.cannot_connect(reason)
         member.back_off(time.monotonic())
 
@@ -152,6 +155,7 @@ class SafekeeperPool:
         member.log.lost(reason)
         link.close()
         member.link = None
+        member.trouble = reason
         self._stop_recovery(member)
         self._core.disconnected(member.index)
         member.back_off(time.monotonic())

@@ -30,6 +30,7 @@ from compute_tools.walproposer.core import (
     ProposerError,
 )
 from compute_tools.walproposer.loop import EventLoop
+from compute_tools.walproposer.obstacles import describe, obstacle
 from compute_tools.walproposer.postgres import PostgresStream
 from compute_tools.walproposer.postgres_stream import PostgresAddress
 from compute_tools.walproposer.safekeepers import SafekeeperPool
@@ -74,7 +75,12 @@ class Walproposer:
         identity = Identity(
             config.tenant_id, config.timeline_id, secrets.token_bytes(16), config.pg_version
         )
-        self._core = Proposer(identity, len(config.safekeepers), predecessors=config.predecessors)
+        self._core = Proposer(
+            identity,
+            len(config.safekeepers),
+            config.membership.for_proposer(),
+            config.predecessors,
+        )
         self._pool = SafekeeperPool(
             config, self._core, self._loop, self._on_actions, self._set_limit, self._tell_terms
         )
@@ -84,6 +90,7 @@ class Walproposer:
         self._told_elected = False
         file = config.feedback_file
         self._backpressure = Backpressure(None if file is None else FeedbackFile(file))
+        self._obstacles = self._told_obstacles = ""
         self._status: object = None
         self._campaign_at: float | None = None
         self._progress: object = None
@@ -164,6 +171,8 @@ class Walproposer:
         core, pool = self._core, self._pool
         pool.drop_silent(now)
         pool.perform(core.tell_established())
+        if not self._told_elected:
+            self._tell_obstacles()
         if self._goodbye_deadline is None:
             pool.heartbeat()
         # Also tells the walsender that we live while it cannot send.
@@ -186,6 +195,26 @@ class Walproposer:
         if core.phase is not Phase.CAMPAIGN and core.term > self._told_won:
             self._told_won = core.term
             self._control.won(core.term)
+
+    def _tell_obstacles(self) -> None:
+        """Say what keeps us from being elected. Raises ProposerError if waiting cannot help."""
+        members = [(m, obstacle(m.peer, m.trouble)) for m in self._pool.members]
+        message = describe([(str(m), found) for m, found in members])
+        if message != self._obstacles:
+            # Told when it has lasted for a tick: much is just being sorted out.
+            self._obstacles = message
+            return
+        hopeful = {m.index for m, found in members if found is None or not found.lasting}
+        if not self._core.could_win(hopeful):
+            raise ProposerError(
+                f"no majority of the safekeepers can ever vote for this compute ({message}): "
+                "restore the lost files or disks; starting with less would lose what was "
+                "acknowledged"
+            )
+        if message != self._told_obstacles and any(found is not None for _, found in members):
+            self._told_obstacles = message
+            logger.warning("not elected yet: %s", message)
+            self._control.waiting(message)
 
     def _on_actions(self, actions: Iterable[Action]) -> None:
         for action in actions:

@@ -87,6 +87,7 @@ def test_greeting_checks_whom_it_serves(rules: Rules) -> None:
 def test_one_vote_per_term_persisted_before_it_is_given(rules: Rules) -> None:
     c = rules.consensus
     acceptor, session = make_acceptor(rules, flush=1500, commit=1200)
+    acceptor.needed_lsn = 1400
     persist, reply = acceptor.vote(session, VoteRequest(4))
     assert isinstance(persist, c.Persist)
     assert persist.state.term == 4

@@ -158,6 +158,9 @@ STATE = ControlState(
     250,
     0,
     ((5, PeerInfo(1, 2, 3, 4)),),
+    9,
+    8,
+    True,
 )
 
 
@@ -168,7 +171,16 @@ def test_control_file_round_trip(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
     dump = json.loads(json.dumps(control_file.to_json(STATE)))
     assert dump["acceptor_state"]["term_history"][1] == {"term": 7, "lsn": 200}
+    assert (dump["generation"], dump["established"], dump["recovering"]) == (9, 8, True)
     assert dump["peers"] == [[5, {"s3_wal_lsn": 1, "term": 2, "flush_lsn": 3, "commit_lsn": 4}]]
+
+
+def test_control_file_of_version_4() -> None:
+    """It ends before the generation, which is 0 then."""
+    body = bytearray(control_file.encode(STATE)[: -4 - 17])
+    struct.pack_into("<I", body, 4, 4)
+    older = control_file.decode(bytes(body) + struct.pack("<I", crc32c(body)))
+    assert older == replace(STATE, generation=0, established=0, recovering=False)
 
 
 def test_every_flipped_bit_of_the_control_file_is_found() -> None:
