@@ -54,7 +54,7 @@ class WalSender:
         self._conn = conn
         self._timeline = timeline
         self._pageserver = pageserver
-        self._reader = SegmentReader(timeline.directory)
+        self._reader = SegmentReader(timeline.directory, timeline.wal_end.recent)
         self._reported: ZenithFeedback | None = None
         self._client_gone = threading.Event()
 
