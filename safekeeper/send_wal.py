@@ -68,7 +68,7 @@ class WalSender:
         self._timeline = timeline
         self._pageserver = pageserver
         self._standby = standby
-        self._reader = SegmentReader(timeline.directory)
+        self._reader = SegmentReader(timeline.directory, timeline.wal_end.recent)
         self._reported: ZenithFeedback | None = None
         self._client_gone = threading.Event()
 

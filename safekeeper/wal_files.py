@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from postgres_ffi.wal_format import WAL_SEGMENT_SIZE, parse_wal_file_name, wal_file_name
+from safekeeper.recent_wal import RecentWal
 from zenith_utils.durable import fsync_dir
 from zenith_utils.lsn import lsn_text
 
@@ -129,8 +130,10 @@ class WalDamagedError(WalStorageError):
 class SegmentReader:
     """Reads WAL by position; keeps the segment read last open. Not for use by two threads."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, recent: RecentWal | None = None) -> None:
+        """`recent` has the WAL that was written last, if anybody keeps that in memory."""
         self._directory = directory
+        self._recent = recent
         self._segno = -1
         self._fd = -1
 
@@ -140,6 +143,10 @@ class SegmentReader:
         Raises WalMissingError if there is no such segment, WalUnreadableError.
         """
         segno, offset = divmod(lsn, WAL_SEGMENT_SIZE)
+        if self._recent is not None:
+            recent = self._recent.read(lsn, min(size, WAL_SEGMENT_SIZE - offset))
+            if recent is not None:
+                return recent
         if segno != self._segno:
             self.close()
             fd = open_segment(self._directory, segno)

@@ -7,6 +7,7 @@ called under the timeline's lock; reading goes through SegmentReader without it.
 
 from __future__ import annotations
 
+import errno
 import os
 from concurrent.futures import Executor, Future
 from pathlib import Path
@@ -165,16 +166,26 @@ class WalStorage:
                     segment_path(self.directory, old, partial=False)
                 )
         created = self._wait_for_next()
-        fd = open_segment(self.directory, segno, os.O_RDWR)
+        fd = self._open_to_write(segno)
         if fd is None:
             create_segment(self.directory, segno, sync=self._sync)
-            fd = open_segment(self.directory, segno, os.O_RDWR)
+            fd = self._open_to_write(segno)
             created = segno
         assert fd is not None
         self.end.use_segment(fd, segno)
         if created <= segno:
             future = self._helper.submit(create_segment, self.directory, segno + 1, sync=self._sync)
             self._next = (segno + 1, future)
+
+    def _open_to_write(self, segno: int) -> int | None:
+        if self._sync:
+            try:
+                return open_segment(self.directory, segno, os.O_RDWR | os.O_DIRECT)
+            except OSError as e:
+                if e.errno != errno.EINVAL:
+                    raise
+                # This file system knows no direct I/O: through the page cache then.
+        return open_segment(self.directory, segno, os.O_RDWR)
 
     def _wait_for_next(self) -> int:
         """Wait until no segment is being created; number of the one that was, -1 if none."""
