@@ -59,7 +59,8 @@ def lowest_limit(feedback: ZenithFeedback, limits: LagLimits, start_lsn: int) ->
         ("max_replication_apply_lag", apply, limits.apply_lag),
     )
     reached = [Limit(at + lag, name, lag) for name, at, lag in candidates if at and lag > 0]
-    return min(reached, key=lambda limit: limit.lsn, default=Limit())
+    lowest = min(reached, key=lambda limit: limit.lsn, default=Limit())
+    return lowest if lowest.lsn < NO_LIMIT else Limit()
 
 
 class Backpressure:

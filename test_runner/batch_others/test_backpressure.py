@@ -107,6 +107,7 @@ def session(pg: Postgres) -> Iterator[Session]:
     with contextlib.closing(pg.connect()) as connection:
         warm = Session(connection)
         connection.cursor().execute("CREATE EXTENSION IF NOT EXISTS zenith; CREATE TABLE t (i int)")
+        connection.cursor().execute("SET statement_timeout = '30s'")
         warm.lag()
         warm.is_held(connection.get_backend_pid())
         warm.row("SELECT count(*) FROM t")

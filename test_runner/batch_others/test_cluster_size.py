@@ -17,6 +17,8 @@ MB = 1 << 20
 LIMIT = 36
 FILL = "INSERT INTO big SELECT g, repeat('x', 1000) FROM generate_series(1, 1000000) g"
 
+MORE = "INSERT INTO big SELECT g, repeat('x', 1000) FROM generate_series(1, 500) g"
+
 
 def logical_sizes(env: ZenithEnv, pg: Postgres) -> tuple[int, int]:
     """The size of the node's timeline as the pageserver keeps it, and as it counts it anew."""
@@ -156,15 +158,15 @@ def test_limit_without_the_pageserver(zenith_env_builder: ZenithEnvBuilder) -> N
     pg.safe_psql("CREATE EXTENSION zenith")
     pg.safe_psql("CREATE TABLE big (i int, x text)")
     with contextlib.closing(pg.connect()) as connection, connection.cursor() as cursor:
-        cursor.execute("INSERT INTO big VALUES (1)")
+        # What these statements read is there before the pageserver is away.
+        cursor.execute("SET statement_timeout = '30s'")
+        cursor.execute(MORE)
         cursor.execute("SELECT count(*), pg_relation_size('big') FROM big")
         with env.pageserver.suspended():
             written = 0
             with pytest.raises(psycopg2.errors.DiskFull):
                 for _ in range(100):
-                    cursor.execute(
-                        "INSERT INTO big SELECT g, repeat('x', 1000) FROM generate_series(1, 500) g"
-                    )
+                    cursor.execute(MORE)
                     written += 1
             assert written > 5
             cursor.execute("SELECT pg_relation_size('big')")

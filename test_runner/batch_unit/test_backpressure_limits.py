@@ -48,6 +48,11 @@ def test_nothing_uploaded_is_no_limit() -> None:
     assert lowest_limit(feedback, LagLimits(apply_lag=1), 5000).lsn == NO_LIMIT
 
 
+def test_limit_beyond_all_lsns_is_none() -> None:
+    feedback = ZenithFeedback(1, (1 << 64) - 5, 600, 0, 5)
+    assert lowest_limit(feedback, LagLimits(write_lag=10), 5000).lsn == NO_LIMIT
+
+
 def test_before_the_first_report_the_start_counts() -> None:
     limits = LagLimits(100, 50, 10)
     assert lowest_limit(NO_FEEDBACK, limits, start_lsn=5000).lsn == 5050
