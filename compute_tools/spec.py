@@ -83,7 +83,7 @@ class ComputeSpec:
                 port=int(fields["port"]),
                 safekeepers=tuple(_address(a) for a in fields["safekeepers"]),
                 lsn=None if fields["lsn"] is None else Lsn.parse(fields["lsn"]),
-                hot_standby=bool(fields["hot_standby"]),
+                hot_standby=bool(fields.get("hot_standby", False)),
                 superuser=fields["superuser"],
                 stop_timeout=float(fields["stop_timeout"]),
             )

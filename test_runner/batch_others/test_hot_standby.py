@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import psycopg2
@@ -11,7 +15,7 @@ from fixtures.oracle import dump_all
 from fixtures.pg_protocol import PgBin
 from fixtures.postgres import Postgres
 from fixtures.utils import wait_until
-from fixtures.zenith_env import ZenithEnv, ZenithEnvBuilder
+from fixtures.zenith_env import Safekeeper, ZenithEnv, ZenithEnvBuilder
 
 SETTINGS = ["max_prepared_transactions = 5"]
 
@@ -34,6 +38,24 @@ def same_dump(standby: Postgres, primary: Postgres, pg_bin: PgBin) -> None:
     """Both hold the same; nothing may be writing."""
     catch_up(standby, primary)
     assert dump_all(standby, pg_bin) == dump_all(primary, pg_bin)
+
+
+def followed_safekeeper(standby: Postgres) -> Safekeeper:
+    """The safekeeper that the standby gets its WAL from."""
+    ports = "SELECT sender_port FROM pg_stat_wal_receiver WHERE sender_port IS NOT NULL"
+    ((port,),) = wait_until(lambda: standby.safe_psql(ports), what="a safekeeper to be followed")
+    return next(s for s in standby.env.safekeepers if s.port.pg == port)
+
+
+@contextlib.contextmanager
+def hung(safekeeper: Safekeeper) -> Iterator[None]:
+    """The process accepts connections, but says nothing."""
+    pid = int((safekeeper.data_dir / "safekeeper.pid").read_text())
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 class Writer:
@@ -215,7 +237,7 @@ def test_follows_every_change(zenith_env_builder: ZenithEnvBuilder, pg_bin: PgBi
 
 
 def test_survives_kills(zenith_env_builder: ZenithEnvBuilder, pg_bin: PgBin) -> None:
-    """The primary, each safekeeper in turn and the standby itself are killed under load."""
+    """The primary, each safekeeper in turn and the standby are killed under load; one hangs."""
     zenith_env_builder.num_safekeepers = 3
     env = zenith_env_builder.init_start()
     main = env.postgres.create_start("main")
@@ -230,6 +252,9 @@ def test_survives_kills(zenith_env_builder: ZenithEnvBuilder, pg_bin: PgBin) -> 
             writer.wait_for_more()
             check_written(standby, writer)
             safekeeper.start()
+        with hung(followed_safekeeper(standby)):
+            writer.wait_for_more()
+            check_written(standby, writer)
         standby.kill()
         standby.start()
         check_written(standby, writer)
