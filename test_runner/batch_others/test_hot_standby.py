@@ -129,31 +129,39 @@ def test_joins_running_primary(zenith_env_builder: ZenithEnvBuilder, pg_bin: PgB
         "ROLLBACK TO b",
     )
     aborts = session("DELETE FROM t WHERE i > 500", "SAVEPOINT a", "INSERT INTO t VALUES (3001)")
+    locks = session("TRUNCATE victim")
+    prepared = session("UPDATE t SET i = -1 WHERE i = 1", "PREPARE TRANSACTION 'p'")
+
+    main.safe_psql("CREATE EXTENSION pg_walinspect")
+    opened = main.safe_psql("SELECT pg_current_wal_flush_lsn()::text")[0][0]
+    marks = (
+        f"SELECT count(*) >= 2 FROM pg_get_wal_records_info_till_end_of_wal('{opened}') "
+        "WHERE resource_manager = 'XLOG' AND record_type = 'NOOP'"
+    )
+    wait_until(lambda: main.safe_psql(marks)[0][0], what="a snapshot to be written")
+    # From here on nothing is written: no later snapshot makes up for what an earlier one lacks.
+    standby = standby_of(env, "main", "replica")
+    assert standby.safe_psql("SELECT count(*), min(i), max(i) FROM t") == [(1000, 1, 1000)]
+    with standby.connect() as connection, connection.cursor() as cursor:
+        cursor.execute("SET lock_timeout = '100ms'")
+        with pytest.raises(psycopg2.errors.LockNotAvailable):
+            cursor.execute("SELECT count(*) FROM victim")
     # More subtransactions than a snapshot of the running ones has room for.
     many = session(
         "DO $$ BEGIN FOR i IN 1..100 LOOP BEGIN INSERT INTO t VALUES (4000 + i); "
         "EXCEPTION WHEN division_by_zero THEN NULL; END; END LOOP; END $$"
     )
-    locks = session("TRUNCATE victim")
-    prepared = session("UPDATE t SET i = -1 WHERE i = 1", "PREPARE TRANSACTION 'p'")
-
+    late = standby_of(env, "main", "late")
     with Writer(main) as writer:
-        # Snapshots are written about every second.
         writer.wait_for_more()
-        standby = standby_of(env, "main", "replica")
-        assert standby.safe_psql("SELECT count(*), min(i), max(i) FROM t") == [(1000, 1, 1000)]
-        with standby.connect() as connection, connection.cursor() as cursor:
-            cursor.execute("SET lock_timeout = '100ms'")
-            with pytest.raises(psycopg2.errors.LockNotAvailable):
-                cursor.execute("SELECT count(*) FROM victim")
         check_written(standby, writer)
-
         many.commit()
         commits.commit()
         aborts.rollback()
-        catch_up(standby, main)
+        for node in (standby, late):
+            catch_up(node, main)
         new = "SELECT count(*), count(*) FILTER (WHERE i > 4000) FROM t WHERE i > 1000"
-        assert standby.safe_psql(new) == [(102, 100)]
+        assert standby.safe_psql(new) == late.safe_psql(new) == [(102, 100)]
         assert standby.safe_psql("SELECT count(*) FROM t WHERE i IN (2003, 3001)") == [(0,)]
 
         assert standby.safe_psql("SELECT count(*) FROM t WHERE i IN (-1, 1)") == [(1,)]
