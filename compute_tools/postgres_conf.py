@@ -98,8 +98,8 @@ class Node:
     `standby_name` is whom commits wait for, None on a read-only node. `tracked` are the limits
     (TRACKED_LIMITS) that the WAL up to here was written with, `prepared` counts the prepared
     transactions, `library` is the preload library, `feedback_file` is where it finds what the
-    pageserver reports. `primary_conninfo` is where a hot standby gets its WAL, empty on other
-    nodes.
+    pageserver reports. A `hot_standby` follows the timeline; where its WAL comes from is in the
+    settings file, as it changes.
     """
 
     pgdata: Path
@@ -110,7 +110,7 @@ class Node:
     prepared: int
     library: Path
     feedback_file: Path
-    primary_conninfo: str = ""
+    hot_standby: bool = False
 
 
 def parse_line(line: str) -> tuple[str, str] | None:
@@ -134,12 +134,20 @@ def translate_line(line: str) -> str:
     return line[: match.start("name")] + twin + line[match.end("name") :]
 
 
-def generate(user_lines: Iterable[str]) -> str:
-    """The file Postgres reads, from the lines of the user's postgresql.conf."""
+def generate(user_lines: Iterable[str], own: Mapping[str, str] | None = None) -> str:
+    """The file Postgres reads, from the lines of the user's postgresql.conf.
+
+    `own` settings of ours win over the user's.
+    """
     lines = ["# Generated at start from the node's postgresql.conf: edit that file instead."]
     lines += [f"{name} = {value}" for name, value in DEFAULTS.items()]
     lines += ["", "# From postgresql.conf"]
     lines += [translate_line(line) for line in user_lines]
+    if own:
+        lines += ["", "# From the supervisor"]
+        lines += [
+            f"{name} = '{value.replace(chr(39), 2 * chr(39))}'" for name, value in own.items()
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -186,7 +194,8 @@ def command_line(settings: Mapping[str, str], node: Node) -> dict[str, str]:
         forced["synchronous_standby_names"] = ""
         forced["hot_standby"] = "on"
         # WAL comes from the safekeepers alone; where the node stands at its LSN, from nowhere.
-        forced["primary_conninfo"] = node.primary_conninfo
+        if not node.hot_standby:
+            forced["primary_conninfo"] = ""
         forced["primary_slot_name"] = forced["restore_command"] = ""
         forced["wal_receiver_create_temp_slot"] = "off"
     else:

@@ -93,7 +93,7 @@ class ComputeSpec:
                 safekeepers=tuple(_address(a) for a in fields["safekeepers"]),
                 membership=SafekeeperMembership.from_json(fields["membership"]),
                 lsn=None if fields["lsn"] is None else Lsn.parse(fields["lsn"]),
-                hot_standby=bool(fields["hot_standby"]),
+                hot_standby=bool(fields.get("hot_standby", False)),
                 superuser=fields["superuser"],
                 stop_timeout=float(fields["stop_timeout"]),
             )

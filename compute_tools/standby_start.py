@@ -17,30 +17,25 @@ import logging
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Final
 
 from compute_tools._standby_scan import scan
 from compute_tools.spec import ComputeSpec, address_text
+from compute_tools.standby_feed import connect_safekeeper, flush_lsn, progress
 from postgres_ffi.decoded_record import DecodedRecord
 from postgres_ffi.standby_records import RunningXacts, parse_running_xacts
 from postgres_ffi.versions import PgVersion, Rmgr
 from postgres_ffi.wal_decoder import WalDecodeError, WalDecoder
 from postgres_ffi.wal_format import WAL_SEGMENT_SIZE, segment_start
 from postgres_ffi.xlog_records import XLOG_CHECKPOINT_SHUTDOWN
-from zenith_utils.lsn import Lsn, LsnParseError
-from zenith_utils.pq_client import PqConnection, PqError, connect
+from zenith_utils.lsn import Lsn
+from zenith_utils.pq_client import PqConnection, PqError
 
 log = logging.getLogger(__name__)
-
-# What the safekeeper knows a standby's walreceiver, and us, by.
-APPLICATION_NAME: Final = "zenith_hot_standby"
-USER: Final = "zenith_standby"
 
 _SNAPSHOT_BEGINS = b"zenith snapshot {"
 _SNAPSHOT_ENDS = b"zenith snapshot }"
 _XLOG_DATA = struct.Struct(">cQQq")
 _TAG_XLOG_DATA = ord("w")
-_CONNECT_TIMEOUT = 5.0
 _READ_TIMEOUT = 10.0
 # How far back a place is looked for: the last segment alone, then with so many before it.
 _SEGMENTS_BACK = (0, 1, 2, 4, 8, 16, 32, 64, 128)
@@ -65,38 +60,14 @@ class StandbyStart:
     committed_lsn: int = 0
 
 
-def replication_options(spec: ComputeSpec) -> str:
-    """Start-up options that name the timeline to a safekeeper."""
-    return f"-c ztimelineid={spec.timeline_id} ztenantid={spec.tenant_id}"
-
-
-def primary_conninfo(spec: ComputeSpec) -> str:
-    """Where the standby's walreceiver connects to: the first safekeeper that answers.
-
-    Nodes with different ports begin with different ones.
-    """
-    first = spec.port % len(spec.safekeepers)
-    addresses = spec.safekeepers[first:] + spec.safekeepers[:first]
-    settings = {
-        "host": ",".join(host for host, _ in addresses),
-        "port": ",".join(str(port) for _, port in addresses),
-        "user": USER,
-        "application_name": APPLICATION_NAME,
-        "options": replication_options(spec),
-        "connect_timeout": "5",
-        "sslmode": "disable",
-        "gssencmode": "disable",
-    }
-    return " ".join(f"{name}='{value}'" for name, value in settings.items())
-
-
 def find_standby_start(spec: ComputeSpec, version: PgVersion) -> StandbyStart:
     """The last place in the committed WAL where a standby can begin; raises StandbyStartError.
 
     Asks the safekeeper that has most WAL, then the others.
     """
     reasons: list[str] = []
-    for address in _by_progress(spec, reasons):
+    known = progress(spec, reasons)
+    for address in sorted(known, key=lambda address: known[address], reverse=True):
         try:
             found = _search(address, spec, version)
         except (PqError, OSError, TimeoutError, WalDecodeError, ValueError) as e:
@@ -134,29 +105,17 @@ def places(records: Iterable[DecodedRecord]) -> Iterator[StandbyStart]:
             begin = None
 
 
-def _by_progress(spec: ComputeSpec, reasons: list[str]) -> list[tuple[str, int]]:
-    """The safekeepers that know the timeline, that with most WAL first."""
-    known = []
-    for address in spec.safekeepers:
-        try:
-            with _connect(address, spec) as conn:
-                known.append((_flush_lsn(conn), address))
-        except (PqError, OSError, TimeoutError, LsnParseError) as e:
-            reasons.append(f"{address_text(*address)}: {e}")
-    return [address for _, address in sorted(known, reverse=True)]
-
-
 def _search(address: tuple[str, int], spec: ComputeSpec, version: PgVersion) -> StandbyStart | None:
     """The last place with a whole snapshot, as far back as there is WAL; else the last of all."""
-    with _connect(address, spec) as conn:
-        last = segment_start(_flush_lsn(conn))
+    with connect_safekeeper(address, spec) as conn:
+        last = segment_start(flush_lsn(conn))
     best: StandbyStart | None = None
     for back in _SEGMENTS_BACK:
         begin = last - back * WAL_SEGMENT_SIZE
         if begin < 0:
             break
         try:
-            with _connect(address, spec) as conn:
+            with connect_safekeeper(address, spec) as conn:
                 records, committed_lsn = _read(conn, begin, version)
         except PqError:
             if back == 0:
@@ -193,18 +152,3 @@ def _read(conn: PqConnection, begin: int, version: PgVersion) -> tuple[list[Deco
         position = lsn + len(data)
         if position >= commit_lsn:
             return records, position
-
-
-def _connect(address: tuple[str, int], spec: ComputeSpec) -> PqConnection:
-    return connect(
-        *address,
-        user=USER,
-        options=replication_options(spec),
-        application_name=APPLICATION_NAME,
-        timeout=_CONNECT_TIMEOUT,
-    )
-
-
-def _flush_lsn(conn: PqConnection) -> int:
-    row = conn.simple_query("IDENTIFY_SYSTEM", timeout=_CONNECT_TIMEOUT)[0]
-    return Lsn.parse((row[2] or b"").decode())

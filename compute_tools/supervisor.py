@@ -35,11 +35,8 @@ from compute_tools.postgres_process import (
 from compute_tools.proposer_keeper import ProposerKeeper
 from compute_tools.proposer_process import ProposerError
 from compute_tools.spec import ComputeSpec
-from compute_tools.standby_start import (
-    StandbyStartError,
-    find_standby_start,
-    primary_conninfo,
-)
+from compute_tools.standby_feed import CHECK_INTERVAL, StandbyFeed
+from compute_tools.standby_start import StandbyStartError, find_standby_start
 from pgxn.build import ModuleBuildError, PgModules, build_modules
 from postgres_ffi.control_file import ControlFileError, parse_control_file
 from postgres_ffi.distrib import DistribError, find_distrib
@@ -109,6 +106,7 @@ class Supervisor:
         self._parts = _Parts()
         self._lag_limits = dict.fromkeys(postgres_conf.LAG_LIMITS, 0)
         self._limits: dict[str, int] = {}
+        self._feed = StandbyFeed(spec, self._ask_for_reload) if spec.hot_standby else None
         self._stop: StopMode | None = None
         self._stop_asked_at = 0.0
         self._reload = False
@@ -225,6 +223,10 @@ class Supervisor:
             )
             parts.calls.start()
 
+        if self._feed is not None:
+            parts.calls = Periodic("asking the safekeepers", CHECK_INTERVAL, self._feed.check)
+            parts.calls.start()
+
     def _call_pageserver(self, file: FeedbackFile) -> None:
         self._pageserver.callmemaybe()
         file.write(self._pageserver.feedback(), feedback_file.NO_LIMIT)
@@ -276,7 +278,8 @@ class Supervisor:
         return end
 
     def _generate_config(self) -> dict[str, str]:
-        settings = self._config.generate()
+        own = {} if self._feed is None else {"primary_conninfo": self._feed.conninfo()}
+        settings = self._config.generate(own)
         self._watch.watch(self._config.directories())
         return settings
 
@@ -296,7 +299,7 @@ class Supervisor:
             prepared=len(list((spec.pgdata / "pg_twophase").iterdir())),
             library=modules.zenith,
             feedback_file=spec.feedback_file,
-            primary_conninfo=primary_conninfo(spec) if spec.hot_standby else "",
+            hot_standby=spec.hot_standby,
         )
         arguments = ["-c", f"config_file={spec.state_dir / 'postgresql.conf'}"]
         forced = postgres_conf.command_line(settings, node)
@@ -363,14 +366,15 @@ class Supervisor:
 
     def _follow_config(self) -> None:
         """Postgres' reload reads the generated file, so it follows the user's at once."""
+        # Before the file is written: what is asked for from now on comes with the next one.
+        reload, self._reload = self._reload, False
         try:
             settings = self._generate_config()
             if self._parts.proposer is not None:
                 self._set_limits(settings)
         except (OSError, ProposerError) as e:
             log.error("cannot follow the change of the configuration: %s", e)
-        if self._reload and self._parts.postgres is not None:
-            self._reload = False
+        if reload and self._parts.postgres is not None:
             self._parts.postgres.signal(signal.SIGHUP)
 
     def _what_ended(self) -> str | None:
@@ -420,6 +424,10 @@ class Supervisor:
             raise _StopRequested
 
     def _on_reload_signal(self, _number: int, _frame: object) -> None:
+        self._ask_for_reload()
+
+    def _ask_for_reload(self) -> None:
+        """Have the configuration written again and Postgres read it, within a second."""
         self._reload = True
 
     def _wake(self) -> None:

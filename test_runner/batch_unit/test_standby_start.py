@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from batch_unit.ffi_support import make_server
 from batch_unit.workspace import temporary_workspace
 
+from compute_tools import standby_feed
 from compute_tools.standby_datadir import begin_replay
 from compute_tools.standby_start import StandbyStart, places
 from postgres_ffi.control_file import DBState, parse_control_file
@@ -89,6 +91,34 @@ def test_standby_feedback() -> None:
     assert parse_standby_feedback(message) == HotStandbyFeedback(5, (3 << 32) + 700, NO_XMIN)
     with pytest.raises(struct.error):
         parse_standby_feedback(message[:-1])
+
+
+def test_feed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The safekeeper followed changes when it is silent, or behind for a whole interval."""
+    addresses = ("a", 1), ("b", 2), ("c", 3)
+    spec = SimpleNamespace(safekeepers=addresses, port=3, tenant_id="t", timeline_id="l")
+    known: dict[tuple[str, int], int] = {}
+    monkeypatch.setattr(standby_feed, "progress", lambda *_, **__: dict(known))
+    changes: list[str] = []
+    feed = standby_feed.StandbyFeed(
+        spec,  # type: ignore[arg-type]
+        lambda: changes.append(feed.conninfo()),
+    )
+    assert "host='a,b,c' port='1,2,3'" in feed.conninfo()
+    feed.check()  # nobody answers: nothing would be won
+    known |= dict.fromkeys(addresses, 100)
+    feed.check()
+    known[addresses[1]] = 200
+    feed.check()  # the first may be there soon
+    assert not changes
+    known[addresses[0]] = 199
+    feed.check()
+    assert len(changes) == 1
+    assert "host='b,a,c' port='2,1,3'" in changes[0]
+    del known[addresses[1]]
+    feed.check()
+    assert len(changes) == 2
+    assert "host='a,b,c'" in changes[1]
 
 
 def test_begin_replay() -> None:
