@@ -20,7 +20,8 @@ Events (LSNs as text, ``X/X``):
 
 Commands:
 - ``{"cmd": "start", "host": "...", "port": n, "user": "...", "start_lsn": "X/X"}``: after
-  "elected", when Postgres has been started on the state at this LSN.
+  "elected", when Postgres has been started on the state at this LSN, or has run all the time and
+  its WAL is wanted from there on.
 - ``{"cmd": "limits", "max_write_lag": n, "max_flush_lag": n, "max_apply_lag": n}``: acknowledge no
   further than this many bytes beyond what the pageserver has received, made durable, or uploaded;
   0 is no limit.

@@ -220,8 +220,8 @@ class Walproposer:
         for action in actions:
             if isinstance(action, Defeated):
                 logger.error(
-                    "fenced: a newer compute took over in term %d, says %s; ours was %d",
-                    action.term, self._pool.members[action.peer], self._core.term,
+                    "fenced: a newer compute took over in term %d, says %s",
+                    action.term, self._pool.members[action.peer],
                 )  # fmt: skip
                 if self._postgres is not None:
                     self._postgres.stop()
