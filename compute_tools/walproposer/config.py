@@ -22,6 +22,8 @@ class Config:
     drain_timeout: float = 10.0
     membership: SafekeeperMembership = NOT_KNOWN
     """With a member for each of `safekeepers`, or none."""
+    settle: bool = False
+    """Leave when the generation is established, without a Postgres."""
 
     @property
     def session_options(self) -> str:

@@ -55,6 +55,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> Config:
         help="JSON: instances and generations of the safekeepers (safekeeper_membership.py)",
     )
     add("--drain-timeout", type=float, default=10.0, help="seconds to push the last WAL")
+    add("--settle", action="store_true", help="establish the generation and leave: no Postgres")
     args = parser.parse_args(argv)
     if args.membership.members and len(args.membership.members) != len(args.safekeepers):
         parser.error("--membership must have a member for each of --safekeepers")
@@ -67,6 +68,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> Config:
         args.pg_version,
         args.drain_timeout,
         args.membership,
+        args.settle,
     )
 
 
