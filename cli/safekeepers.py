@@ -8,13 +8,20 @@ from control_plane import daemons, safekeeper_changes
 from control_plane.errors import ControlPlaneError
 from control_plane.local_env import LocalEnv
 from control_plane.safekeeper_changes import Change
+from control_plane.settling import settle
 
 from .context import CliContext, pass_context, say, stop_mode_option
 from .environment import start_safekeeper
+from .progress import progress
 from .servers import show_status, stop_daemon
 
 _ID = click.IntRange(0, (1 << 63) - 1)
 _PORT = click.IntRange(1, 65535)
+_accept_loss = click.option(
+    "--accept-loss",
+    is_flag=True,
+    help="Also if branches that have not followed an earlier change could lose commits.",
+)
 
 
 @click.group()
@@ -101,8 +108,9 @@ def safekeeper_add(
 ) -> None:
     """Add a new, empty safekeeper and start it.
 
-    It counts for a branch from the next start of a compute on it, which also brings it up from the
-    others. With an even number of safekeepers no more of them may fail than with one less.
+    It is brought up from the others and counts: at once for branches without a running compute,
+    else from its restart on. With an even number of safekeepers no more of them may fail than
+    with one less.
 
     \b
     zenith safekeeper add
@@ -113,13 +121,14 @@ def safekeeper_add(
 
 @safekeeper.command("remove")
 @click.argument("node_id", metavar="ID", type=_ID)
+@_accept_loss
 @pass_context
-def safekeeper_remove(ctx: CliContext, node_id: int) -> None:
+def safekeeper_remove(ctx: CliContext, node_id: int, accept_loss: bool) -> None:
     """Take a safekeeper out of the configuration and stop it.
 
     Its directory stays. It can be deleted when a compute was started on each branch since.
     """
-    _carry_out(ctx.env, safekeeper_changes.remove(ctx.env, node_id))
+    _carry_out(ctx.env, safekeeper_changes.remove(ctx.env, node_id, accept_loss=accept_loss))
 
 
 @safekeeper.command("replace")
@@ -127,6 +136,7 @@ def safekeeper_remove(ctx: CliContext, node_id: int) -> None:
 @click.option("--id", "node_id", type=_ID, help="Id of the new one; default: the next free one.")
 @click.option("--pg-port", type=_PORT, help="Port of the WAL service; default: the next free one.")
 @click.option("--http-port", type=_PORT, help="Port of the HTTP API; default: the next free one.")
+@_accept_loss
 @pass_context
 def safekeeper_replace(
     ctx: CliContext,
@@ -134,18 +144,21 @@ def safekeeper_replace(
     node_id: int | None,
     pg_port: int | None,
     http_port: int | None,
+    accept_loss: bool,
 ) -> None:
     """Replace a safekeeper by a new, empty one: remove and add in one change.
 
-    For one whose disk or machine is lost. The new one is brought up from the others by the next
-    compute on each branch. Replace the next one only when that has happened: a change that could
-    lose something is refused.
+    For one whose disk or machine is lost. The new one is brought up from the others: at once for
+    branches without a running compute, else by its restart. Replace the next one when that has
+    happened: a change that could lose something is refused.
 
     \b
     zenith safekeeper replace 2
     zenith safekeeper replace 2 --id 4 --pg-port 5457 --http-port 7679
     """
-    change = safekeeper_changes.replace(ctx.env, old_id, node_id, pg_port, http_port)
+    change = safekeeper_changes.replace(
+        ctx.env, old_id, node_id, pg_port, http_port, accept_loss=accept_loss
+    )
     _carry_out(ctx.env, change)
 
 
@@ -156,10 +169,8 @@ def _carry_out(env: LocalEnv, change: Change) -> None:
         stop_daemon(daemon, "fast")
     if change.added is not None:
         start_safekeeper(env, change.added)
-    say(
-        "it counts for a branch from the next start of a compute on it; start one on each branch "
-        "before the next change"
-    )
+    with progress("bringing branches to the new generation"):
+        settle(env, say)
     if change.running_nodes:
         say("these nodes go on with the safekeepers of before: stop and start each of them")
         for name in change.running_nodes:

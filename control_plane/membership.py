@@ -9,7 +9,7 @@ and the safekeepers are asked for it here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -133,12 +133,17 @@ def was_safekeepers(env: LocalEnv, ports: set[int]) -> bool:
 
 
 def begin_generation(
-    env: LocalEnv, safekeepers: list[SafekeeperConf], standings: Callable[[], Standings]
+    env: LocalEnv,
+    safekeepers: list[SafekeeperConf],
+    standings: Callable[[], Standings],
+    *,
+    accept_loss: bool = False,
 ) -> None:
     """Make `safekeepers` the members of a new generation; with the lock held, not saved.
 
     `standings` asks the present ones. Raises ControlPlaneError if a leader of the new generation
-    could not know everything that was committed.
+    could not know everything that was committed; with `accept_loss` that is not asked of earlier
+    generations than the present one.
     """
     present = SafekeeperGeneration(
         env.safekeeper_generation,
@@ -152,8 +157,13 @@ def begin_generation(
     earlier, waiting = list(env.earlier_generations), list[str]()
     if earlier:
         earlier, waiting = still_mattering(env, standings())
-    for generation in earlier:
-        _check_overlap(generation, safekeepers, waiting)
+    for generation in list(earlier):
+        try:
+            _check_overlap(generation, safekeepers, waiting)
+        except ControlPlaneError:
+            if not accept_loss:
+                raise
+            earlier.remove(generation)
     env.earlier_generations = [*earlier, present]
     env.safekeepers = safekeepers
     env.safekeeper_generation += 1
@@ -175,7 +185,8 @@ def _check_overlap(
     if waiting:
         text += (
             f". Not established in a later generation yet: {', '.join(waiting)}. Start a compute "
-            "on each, with all safekeepers running, and try again"
+            "on each, with all safekeepers running, and try again. If too many are lost for that, "
+            "--accept-loss goes on without: these branches may then lack commits, or not start"
         )
     else:
         text += ": add others first, start a compute on each branch, then go on"
@@ -191,8 +202,7 @@ def still_mattering(
     had a commit: which is known if as many members were asked as have one in common with each of
     the generation's majorities.
     """
-    names = _branch_names(env)
-    names |= {key: s.name for known in standings.values() for key, s in known.items()}
+    names = timeline_names(env, standings.values())
     mattering: list[SafekeeperGeneration] = []
     waiting: set[str] = set()
     for generation in env.earlier_generations:
@@ -214,6 +224,13 @@ def still_mattering(
 def _settled(number: int, known: list[TimelineStanding]) -> bool:
     """Whether a timeline was established in a later generation."""
     return any(standing.established > number for standing in known)
+
+
+def timeline_names(
+    env: LocalEnv, standings: Iterable[dict[str, TimelineStanding]]
+) -> dict[str, str]:
+    """Names of all timelines that the environment or a safekeeper knows, by their keys."""
+    return _branch_names(env) | {k: s.name for known in standings for k, s in known.items()}
 
 
 def _branch_names(env: LocalEnv) -> dict[str, str]:

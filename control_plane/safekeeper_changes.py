@@ -42,7 +42,7 @@ def add(env: LocalEnv, node_id: int | None, pg_port: int | None, http_port: int 
         return _change(env, [copy(c) for c in env.safekeepers], conf, None)
 
 
-def remove(env: LocalEnv, node_id: int) -> Change:
+def remove(env: LocalEnv, node_id: int, *, accept_loss: bool = False) -> Change:
     """Take a safekeeper out of the configuration; raises ControlPlaneError."""
     with env.locked():
         env.refresh()
@@ -53,7 +53,8 @@ def remove(env: LocalEnv, node_id: int) -> Change:
                 f"safekeeper {node_id} is the last one: what is committed is nowhere else. To move "
                 "to another one, first add two: zenith safekeeper add"
             )
-        return _change(env, membership.without(env, node_id), None, node_id)
+        rest = membership.without(env, node_id)
+        return _change(env, rest, None, node_id, accept_loss=accept_loss)
 
 
 def replace(
@@ -62,6 +63,8 @@ def replace(
     node_id: int | None,
     pg_port: int | None,
     http_port: int | None,
+    *,
+    accept_loss: bool = False,
 ) -> Change:
     """Remove a safekeeper and add an empty one in one change; raises ControlPlaneError.
 
@@ -78,11 +81,16 @@ def replace(
             conf = _new_safekeeper(env, rest, node_id, pg_port, http_port)
         else:
             conf = _new_safekeeper(env, list(env.safekeepers), node_id, pg_port, http_port)
-        return _change(env, rest, conf, old_id)
+        return _change(env, rest, conf, old_id, accept_loss=accept_loss)
 
 
 def _change(
-    env: LocalEnv, rest: list[SafekeeperConf], new: SafekeeperConf | None, old_id: int | None
+    env: LocalEnv,
+    rest: list[SafekeeperConf],
+    new: SafekeeperConf | None,
+    old_id: int | None,
+    *,
+    accept_loss: bool = False,
 ) -> Change:
     """Save the generation of `rest` and `new`; with the lock held."""
     before = node_safekeepers.own_addresses(env)
@@ -92,7 +100,7 @@ def _change(
     # First with a copy: a refusal leaves no directory behind.
     wanted = rest if new is None else [*rest, new]
     ask = partial(membership.ask_standings, env)
-    membership.begin_generation(env, wanted, ask)
+    membership.begin_generation(env, wanted, ask, accept_loss=accept_loss)
     if new is not None:
         new.instance = _make_directory(env, new.id)
     env.safekeepers.sort(key=lambda conf: conf.id)

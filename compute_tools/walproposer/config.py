@@ -30,6 +30,8 @@ class Config:
     predecessors: Predecessors | None = None
     membership: SafekeeperMembership = NOT_KNOWN
     """With a member for each of `safekeepers`, or none."""
+    settle: bool = False
+    """Leave when the generation is established, without a Postgres."""
 
     @property
     def session_options(self) -> str:

@@ -59,6 +59,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> Config:
     add("--feedback-file", type=Path, help="where Postgres finds what the pageserver reports")
     add("--own-terms", type=_terms, help="terms that earlier walproposers of this Postgres won")
     add("--last-term", type=int, default=0, help="the highest term they asked for votes in")
+    add("--settle", action="store_true", help="establish the generation and leave: no Postgres")
     args = parser.parse_args(argv)
     predecessors = None
     if args.own_terms is not None:
@@ -76,6 +77,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> Config:
         args.feedback_file,
         predecessors,
         args.membership,
+        args.settle,
     )
 
 

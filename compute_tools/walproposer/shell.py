@@ -134,6 +134,8 @@ class Walproposer:
         away = pool.connect_missing(now)
         if core.phase is not Phase.LEADER:
             self._elect(now)
+        if self._config.settle and self._told_elected and self._drain_deadline is None:
+            self._settle(now)
         relay.report()
         more = False
         if core.phase is not Phase.CAMPAIGN:
@@ -272,6 +274,19 @@ class Walproposer:
             return f"{text}; nothing was written yet"
         start = lsn_text(core.epoch_start_lsn)
         return f"{text}; WAL starts at {start}, as {members[core.donor]} has it"
+
+    def _settle(self, now: float) -> None:
+        """There will be no Postgres: leave when all is established and whoever is here has it."""
+        core = self._core
+        if core.bootstrap:
+            self._control.finished(0, True)
+            raise _Finished(ExitCode.FINISHED)
+        complete = all(
+            m.link is None or m.peer.flush_lsn >= core.epoch_start_lsn for m in self._pool.members
+        )
+        if core.established and (complete or now - self._progress_at > _RECOVERY_STUCK):
+            self._pool.perform(core.tell_established())
+            self.on_postgres_gone(True)
 
     # ---- commands
 

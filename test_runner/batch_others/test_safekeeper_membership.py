@@ -129,10 +129,15 @@ def test_replace_one_after_the_other(env: ZenithEnv) -> None:
     """A dead one is replaced by an empty one; then another old one dies for good."""
     pg = env.postgres.create_start("main")
     write(pg, 1)
+    env.zenith_cli.create_branch("idle", "main")
+    idle = env.postgres.create_start("idle")
+    write(idle, 2)
+    idle.stop()
     env.safekeepers[1].kill()
     shutil.rmtree(env.safekeepers[1].data_dir)
     write(pg, 2)
     said = replace(env, "2")
+    assert "branch idle now has safekeepers of generation 1" in said
     assert "zenith pg stop main_pg_node; zenith pg start main_pg_node" in said
     assert [conf["id"] for conf in config(env)["safekeepers"]] == [1, 3, 4]
     # The running compute goes on with a majority of the ones before.
@@ -141,7 +146,7 @@ def test_replace_one_after_the_other(env: ZenithEnv) -> None:
     assert f"localhost:{env.safekeepers[-1].port.pg}" in conf
     # Nobody was brought to the new generation yet: one more would be one too many.
     said = refusal(env, "safekeeper", "remove", "1")
-    assert "Not established in a later generation yet: main" in said
+    assert "Not established in a later generation yet: main." in said
     restart(pg)
     write(pg, 4)
     timeline = timeline_of(env)
@@ -161,6 +166,8 @@ def test_replace_one_after_the_other(env: ZenithEnv) -> None:
     write(pg, 6)
     wait_equal(env, timeline)
     check(pg, 6)
+    idle.start()
+    check(idle, 2)
     listed = env.zenith_cli.raw_cli(["safekeeper", "list"]).stdout
     assert "generation 2" in listed
     assert config(env)["safekeepers"][0]["instance"] in listed

@@ -155,6 +155,8 @@ def test_earlier_generation_matters_until_a_later_one_is_established(
     if mattering:
         with pytest.raises(ControlPlaneError, match="Not established in a later generation yet"):
             begin_generation(env, confs((3, 4, 5)), lambda: standings(known))
+        begin_generation(env, confs((3, 4, 5)), lambda: standings(known), accept_loss=True)
+        assert [g.number for g in env.earlier_generations] == [1]
     else:
         begin_generation(env, confs((3, 4, 5)), lambda: standings(known))
         assert [g.number for g in env.earlier_generations] == [1]
