@@ -19,6 +19,7 @@ from zenith_utils.ids import TenantId, TimelineId
 from zenith_utils.safekeeper_messages import (
     AcceptorGreeting,
     ProposerElected,
+    ProposerGreeting,
     TermHistory,
     TermLsn,
     VoteRequest,
@@ -33,7 +34,7 @@ FOREIGN = (*OURS, TermLsn(5, 3000))
 
 def successor(*terms: int, last_term: int) -> Proposer:
     """One whose predecessors won `terms`, with three safekeepers that it is connected to."""
-    proposer = Proposer(IDENTITY, 3, Predecessors(frozenset(terms), last_term))
+    proposer = Proposer(IDENTITY, 3, predecessors=Predecessors(frozenset(terms), last_term))
     for index in range(3):
         proposer.connected(index)
     return proposer
@@ -50,9 +51,13 @@ def greet(proposer: Proposer, *terms: int) -> list[Action]:
 def vote(
     proposer: Proposer, index: int, history: TermHistory, flush: int, given: bool = True
 ) -> list[Action]:
-    """A safekeeper answers the vote request."""
+    """A safekeeper answers the vote request; whoever is asked to confirm its vote does."""
     answer = VoteResponse(proposer.term, given, flush, 1000, history)
-    return list(proposer.receive(index, answer))
+    actions = list(proposer.receive(index, answer))
+    asked = [a for a in actions if isinstance(a, Send) and isinstance(a.message, ProposerGreeting)]
+    for confirmed in asked:
+        actions = list(proposer.receive(confirmed.peer, AcceptorGreeting(proposer.term)))
+    return actions
 
 
 def announced(actions: list[Action]) -> list[ProposerElected]:
@@ -75,7 +80,8 @@ def test_asks_above_all_that_was_asked_for_before() -> None:
     """A predecessor died in its campaign, and not everybody has heard of it."""
     proposer = successor(4, last_term=7)
     assert greet(proposer, 4, 4)[-1] == Send(1, VoteRequest(8, b"p" * 16))
-    assert greet(proposer, 4, 4, 7) == [Send(2, VoteRequest(8, b"p" * 16))]
+    late = proposer.receive(2, AcceptorGreeting(7))
+    assert list(late) == [Send(2, VoteRequest(8, b"p" * 16))]
 
 
 @pytest.mark.parametrize("terms", [(5,), (4, 5), (4, 4, 6)])
