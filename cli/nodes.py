@@ -26,7 +26,7 @@ from .time_travel import at_option, chosen_lsn
 _PORT = click.IntRange(1, 65535)
 _LSN_HELP = "Open the branch read-only, exactly as it was at this LSN."
 _AT_HELP = "Open the branch read-only, exactly as it was at this time"
-_STANDBY_HELP = "Read-only and following: what the branch's read-write node commits shows at once."
+_STANDBY_HELP = "Read-only and following: what the branch's read-write node commits shows soon."
 _BAD_LSN = "Failed to parse Lsn from the request"
 
 
@@ -67,8 +67,8 @@ def pg_create(
     zenith pg create morning --at '2026-11-22 10:00:00'
     zenith pg create replica --hot-standby
 
-    A hot standby is fed by the safekeepers; a branch has any number of them. Its first start needs
-    a branch that a read-write node has run on. It waits for that node's return when it is stopped.
+    A hot standby is fed by the safekeepers. A branch may have several, once a read-write node has
+    run on it. While that one is stopped they answer queries and wait for its return.
     """
     _refuse_standby_at_lsn(hot_standby, lsn, at)
     tenant_id = ctx.tenant(tenant_id)
