@@ -186,6 +186,7 @@ def test_killed_during_a_clean_stop(zenith_env_builder: ZenithEnvBuilder) -> Non
     assert pg.safe_psql("SELECT * FROM t") == [(1, 1)]
 
 
+@pytest.mark.slow
 def test_dies_too_often(zenith_env_builder: ZenithEnvBuilder) -> None:
     """One that dies whenever it works is not replaced for ever; the compute says why it ends."""
     _, pg = start_with_table(zenith_env_builder)
@@ -199,7 +200,7 @@ def test_dies_too_often(zenith_env_builder: ZenithEnvBuilder) -> None:
             return False
         return True
 
-    wait_until(kill_one, timeout=120, what="the compute to give up")
+    wait_until(kill_one, timeout=300, what="the compute to give up")
     pg.wait_crashed()
     assert "for the 12th time within 60 s" in compute_log(pg)
     pg.start()
