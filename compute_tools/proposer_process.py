@@ -108,6 +108,11 @@ class ProposerProcess:
             return f"the walproposer failed: {self._events['fatal']['message']}"
         return f"the walproposer ended with status {self._process.returncode}"
 
+    @property
+    def followed_postgres(self) -> bool:
+        """Whether it has ended because its Postgres had, or seemed to have."""
+        return self.why_ended() is not None and "finished" in self._events
+
     def drain(self, hurry: Callable[[], bool]) -> bool:
         """After a clean end of Postgres: whether all that it sent has reached the quorum.
 

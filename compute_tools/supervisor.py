@@ -306,12 +306,15 @@ class Supervisor:
         postgres, proposer = self._parts.postgres, self._parts.proposer
         assert postgres is not None
         status = postgres.poll()
+        ended = None if proposer is None else proposer.why_ended()
+        if status is None and proposer is not None and proposer.followed_postgres:
+            # It has seen the end of Postgres before there is one for us: that is the reason.
+            postgres.wait(_TICK)
+            status = postgres.poll()
         if status is not None:
             return f"Postgres ended unexpectedly with status {status}:\n{postgres.log_tail()}"
-        if proposer is not None:
-            ended = proposer.why_ended()
-            if ended is not None:
-                return ended
+        if ended is not None:
+            return ended
         if self._spec.read_only and not (self._spec.pgdata / "standby.signal").exists():
             return "the read-only node was promoted: it would diverge from its timeline"
         return None
