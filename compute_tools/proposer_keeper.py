@@ -122,6 +122,11 @@ class ProposerKeeper:
         return self._stage is _Stage.STREAMING and self._process.why_ended() is None
 
     @property
+    def followed_postgres(self) -> bool:
+        """Whether the walproposer has ended because Postgres had."""
+        return self._stage is not _Stage.PAUSE and self._process.followed_postgres
+
+    @property
     def next_check(self) -> float:
         """When check() has something to do even if nobody calls `wake` (time.monotonic())."""
         return self._deadline if self._stage is not _Stage.STREAMING else float("inf")

@@ -167,6 +167,11 @@ class ProposerProcess:
         asked = self.event("campaign")
         return 0 if asked is None else int(asked["term"])
 
+    @property
+    def followed_postgres(self) -> bool:
+        """Whether it has ended because its Postgres had, or seemed to have."""
+        return self.why_ended() is not None and "finished" in self._events
+
     def drain(self, hurry: Callable[[], bool]) -> bool:
         """After a clean end of Postgres: whether all that it sent has reached the quorum.
 

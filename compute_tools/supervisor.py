@@ -381,6 +381,10 @@ class Supervisor:
         postgres, proposer = self._parts.postgres, self._parts.proposer
         assert postgres is not None
         status = postgres.poll()
+        if status is None and proposer is not None and proposer.followed_postgres:
+            # It has seen the end of Postgres before there is one for us: that is the reason.
+            postgres.wait(_TICK)
+            status = postgres.poll()
         if status is not None:
             return f"Postgres ended unexpectedly with status {status}:\n{postgres.log_tail()}"
         if proposer is not None:
