@@ -31,8 +31,9 @@ from zenith_utils.safekeeper_messages import (
 
 _RETRY_FIRST: Final = 0.05
 _RETRY_MOST: Final = 1.0
-# A session that ends sooner has not worked: the next one waits longer.
-_WORKED: Final = 5.0
+# A session that ends sooner than this has not worked: the next one waits longer, up to that.
+_WORKED: Final = 1.0
+_RETRY_FAILING: Final = 5.0
 _SILENCE: Final = 15.0
 _RECOVERY_RETRY: Final = 0.2
 _COPY_DONE: Final = b"c\0\0\0\4"
@@ -143,7 +144,7 @@ class SafekeeperPool:
         if now - member.connected_at >= _WORKED:
             member.retry_delay = _RETRY_FIRST
         member.retry_at = now + member.retry_delay
-        member.retry_delay = min(2 * member.retry_delay, _RETRY_MOST)
+        member.retry_delay = min(2 * member.retry_delay, _RETRY_FAILING)
 
     def drop_silent(self, now: float) -> None:
         """End sessions that answer no heartbeats: the peer or the network is stuck."""
