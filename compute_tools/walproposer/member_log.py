@@ -100,7 +100,8 @@ class MemberLog:
             self._source = ""
         since, _ = self._behind
         large = end_lsn - lsn >= _BEHIND_BYTES or self._clock() - since >= _BEHIND_SECONDS
-        if source != self._source and (tell or large or self._source):
+        tell = (tell or large or bool(self._source)) and not self._passed_over
+        if tell and source != self._source:
             self._source = source
             logger.info(
                 "recovery of %s: it lacks WAL from %s to %s, %d bytes; sending it from %s",

@@ -175,7 +175,7 @@ def test_reading_from_memory(tmp_path: Path, helper: ThreadPoolExecutor) -> None
 def test_reader_beside_the_writer(tmp_path: Path, helper: ThreadPoolExecutor) -> None:
     """Whatever a reader gets is right, also when it is just being overwritten."""
     wal = WalWriter(START, 10)
-    wal.until(START + 6 * MEMORY, 4000)
+    wal.until(START + 24 * MEMORY, 8000)
     storage = storage_at(tmp_path, helper, sync=False)
     recent = storage.end.recent
     assert recent.read(START, 1) is None
@@ -186,9 +186,10 @@ def test_reader_beside_the_writer(tmp_path: Path, helper: ThreadPoolExecutor) ->
     def read(number: int) -> None:
         rng = random.Random(number)
         while written[0] < wal.lsn:
-            back = rng.choice((rng.randrange(1, 2000), MEMORY - rng.randrange(20_000)))
+            # What goes next, mostly.
+            back = rng.choice((rng.randrange(1, 2000), MEMORY - rng.randrange(100_000)))
             lsn = max(START, written[0] - back)
-            data = recent.read(lsn, 50_000)
+            data = recent.read(lsn, 400_000)
             if data:
                 got[number] += 1
                 if data != wal.data[lsn - START : lsn - START + len(data)]:
@@ -199,7 +200,7 @@ def test_reader_beside_the_writer(tmp_path: Path, helper: ThreadPoolExecutor) ->
         reader.start()
     at = START
     while at < wal.lsn:
-        data = wal.data[at - START : at - START + 8000]
+        data = wal.data[at - START : at - START + 100_000]
         storage.write(at, memoryview(data))
         at += len(data)
         written[0] = at
