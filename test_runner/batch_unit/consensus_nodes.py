@@ -144,7 +144,7 @@ class AcceptorNode:
 
     def _truncate(self, lsn: int) -> None:
         disk = self.disk
-        if not self.acceptor.flush_lsn or not disk.wal or lsn <= disk.first:
+        if not self.acceptor.flush_lsn or not disk.wal or not disk.first < lsn <= disk.end:
             disk.first, disk.wal = lsn, []
         disk.wal = disk.units(disk.first, lsn)
         disk.synced = len(disk.wal)
@@ -158,6 +158,7 @@ class AcceptorNode:
         if isinstance(message, ProposerGreeting):
             return self.carry_out(acceptor.greet(session, message))
         if isinstance(message, VoteRequest):
+            acceptor.needed_lsn = self.simulation.feedback.ps_flushlsn
             return self.carry_out(acceptor.vote(session, message))
         if not isinstance(message, AppendRequest):
             return self.carry_out(acceptor.elected(session, message))
@@ -172,7 +173,7 @@ class AcceptorNode:
             self.simulation.maybe_lose_power()
         self.disk.synced = len(self.disk.wal)
         flush = record_end(self.disk.end) if self.disk.wal else acceptor.flush_lsn
-        return self.carry_out(acceptor.flushed(flush))
+        return self.carry_out(acceptor.flushed(flush, feedback=self.simulation.feedback))
 
     def snapshot(self) -> list[Unit]:
         """Its WAL from START on, with what is committed for what it does not have."""

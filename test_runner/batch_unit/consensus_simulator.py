@@ -29,6 +29,7 @@ from batch_unit.consensus_nodes import (
 
 from compute_tools.walproposer.membership import Generation, Membership
 from zenith_utils.safekeeper_messages import AppendRequest, VoteResponse
+from zenith_utils.zenith_feedback import ZenithFeedback
 
 MOST_GENERATIONS = 4
 
@@ -76,6 +77,8 @@ class Simulation:
         self.zombies: list[Connection] = []
         self.committed: list[Unit] = []
         self.leaders: dict[int, ProposerNode] = {}
+        self.feedback = ZenithFeedback()
+        """The pageserver's: up to where it has WAL durably."""
         self.power_loss = self.rng.choice([0.0, 0.01, 0.05])
         self.partitions = self.rng.choice([0.0, 0.0, 0.02])
         self.newcomers = self.rng.choice([0.02, 0.02, 0.08])
@@ -122,10 +125,13 @@ class Simulation:
             node.restart()
             self.check_acceptor(node)
             return
-        if choice < 0.005 + self.operations:
+        if choice < 0.02:
+            self.save_progress(self.rng.choice(self.slots))
+            return
+        if choice < 0.02 + self.operations:
             self.change()
             return
-        if self.zombies and choice < 0.09:
+        if self.zombies and choice < 0.1:
             zombie = self.rng.choice(self.zombies)
             self.deliver_to_acceptor(zombie)
             if not zombie.to_acceptor or self.rng.random() < 0.2:
@@ -134,6 +140,14 @@ class Simulation:
         # The newest one mostly: a schedule of duels alone would never get far.
         duel = self.rng.random() < self.duels
         self.proposer_step(self.rng.choice(living) if duel else living[-1])
+
+    def save_progress(self, node: AcceptorNode) -> None:
+        """What a safekeeper does every second."""
+        try:
+            node.carry_out(node.acceptor.progress())
+        except PowerLossError:
+            node.restart()
+        self.check_acceptor(node)
 
     def start_compute(self, *, stale: bool = True) -> ProposerNode:
         """A compute with the last configuration, or perhaps with an older one."""
@@ -344,6 +358,8 @@ class Simulation:
         assert units[: len(known)] == known, "committed WAL changed"
         assert len(units) == end - begin, "WAL that does not exist is committed"
         self.committed += units[len(known) :]
+        if self.rng.random() < 0.3:
+            self.feedback = ZenithFeedback(0, lsn, lsn, lsn)
         if core.established:
             # The control plane learns of it sooner or later.
             if self.rng.random() < 0.5:

@@ -506,3 +506,82 @@ def test_a_higher_term_among_the_others_prevents_a_readmission(rules: Rules) -> 
     hello(core, 2)
     assert len(core.receive(2, replace(VOTE, vote_given=False, recovering=True))) == 2
     assert core.receive(0, AcceptorGreeting(7)) == (rules.core.Defeated(0, 7),)
+
+
+class Wire:
+    """A session between a proposer and an acceptor; nothing is under way that is not in hand."""
+
+    def __init__(self, rules: Rules, core: Any, index: int, acceptor: Any) -> None:
+        self.core, self.index, self.acceptor = core, index, acceptor
+        self.session = rules.consensus.Session()
+        self.actions = core.connected(index)
+
+    def requests(self, actions: Any) -> list[Any]:
+        """What of some actions is sent here."""
+        return [
+            one.message for one in actions if one.peer == self.index and hasattr(one, "message")
+        ]
+
+    def ask(self, message: Any) -> Any:
+        """Have a message answered; what the proposer makes of the answer."""
+        handle = {
+            ProposerGreeting: self.acceptor.greet,
+            VoteRequest: self.acceptor.vote,
+            ProposerElected: self.acceptor.elected,
+        }[type(message)]
+        actions: list[Any] = []
+        for action in handle(self.session, message):
+            if hasattr(action, "message"):
+                actions += self.core.receive(self.index, action.message)
+        return actions
+
+    def append(self, begin: int, end: int) -> Any:
+        """Have WAL flushed."""
+        request = append(self.core.term, begin, end, self.core.commit_lsn)
+        assert self.acceptor.append(self.session, request) is None
+        return self.core.receive(self.index, self.acceptor.flushed(end)[-1].message)
+
+
+def test_nobody_is_elected_with_a_vote_that_was_forgotten(rules: Rules) -> None:
+    leader = rules.core.Proposer(rules.core.Identity(TENANT, TIMELINE, b"o" * 16), 3)
+    other = rules.core.Proposer(rules.core.Identity(TENANT, TIMELINE, b"n" * 16), 3)
+    acceptors = [make_acceptor(rules)[0] for _ in range(3)]
+
+    wires = [Wire(rules, leader, index, acceptor) for index, acceptor in enumerate(acceptors)]
+    pending = [(wire, message) for wire in wires for message in wire.requests(wire.actions)]
+    while pending:
+        wire, message = pending.pop(0)
+        actions = wire.ask(message)
+        pending += [(one, message) for one in wires for message in one.requests(actions)]
+    for wire in wires:
+        wire.append(3000, 3000)
+    leader.start(3000)
+    assert (leader.term, leader.commit_lsn) == (4, 3000)
+
+    # A second proposer gets the vote of one acceptor; the request to another is under way.
+    rivals = [Wire(rules, other, index, acceptors[index]) for index in (0, 1)]
+    rivals[0].ask(*rivals[0].requests(rivals[0].actions))
+    requests = rivals[1].ask(*rivals[1].requests(rivals[1].actions))
+    (late,) = rivals[0].requests(requests)
+    assert rivals[1].ask(*rivals[1].requests(requests)) == []
+
+    # The disk of the one that voted is damaged: it knows neither the vote nor all of its WAL.
+    leader.disconnected(1)
+    acceptors[1] = make_acceptor(rules, flush=2600, recovering=True)[0]
+    again = Wire(rules, leader, 1, acceptors[1])
+    questions = again.ask(*again.requests(again.ask(*again.requests(again.actions))))
+    assert [question.peer for question in questions] == [0, 2]
+    assert wires[0].ask(questions[0].message) == []
+    (elected, _) = wires[2].ask(questions[1].message)
+    again.ask(elected.message)
+    again.append(2600, 3000)
+    assert not acceptors[1].state.recovering
+    again.append(3000, 3104)
+    wires[2].append(3000, 3104)
+    assert leader.commit_lsn == 3104
+
+    # Now the other one votes, who does not have what is committed.
+    confirmations = rivals[0].ask(late)
+    rivals[0].ask(*rivals[0].requests(confirmations))
+    other.disconnected(1)
+    assert other.phase is rules.core.Phase.CAMPAIGN
