@@ -64,7 +64,7 @@ def _establish(env: LocalEnv, tenant: str, timeline: str) -> str:
         stderr=subprocess.DEVNULL,
         env=daemon_environment(),
     )
-    assert process.stdout is not None
+    assert process.stdin is not None and process.stdout is not None
     try:
         process.wait(_TIMEOUT)
     except subprocess.TimeoutExpired:
@@ -72,6 +72,7 @@ def _establish(env: LocalEnv, tenant: str, timeline: str) -> str:
     finally:
         process.kill()
         code = process.wait()
+        process.stdin.close()
     events = [json.loads(line) for line in process.stdout.read().splitlines()]
     process.stdout.close()
     if code == 0:
