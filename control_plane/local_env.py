@@ -10,7 +10,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,12 +43,28 @@ class PageserverConf:
 
 @dataclass(slots=True)
 class SafekeeperConf:
-    """Where one safekeeper listens; `sync` false runs it without fsync."""
+    """Where one safekeeper listens; `sync` false runs it without fsync.
+
+    The others are options of its program about the WAL it keeps, not given if they are empty.
+    """
 
     id: int = 1
     pg_port: int = 5454
     http_port: int = 7676
     sync: bool = True
+    wal_keep_size: str = ""
+    wal_offload: str = ""
+    wal_removal: str = ""
+    wal_removal_interval: str = ""
+
+    @property
+    def wal_options(self) -> dict[str, str]:
+        """The options about WAL that are set, by the names of the configuration."""
+        return {
+            f.name: value
+            for f in fields(self)
+            if f.name.startswith("wal_") and (value := getattr(self, f.name))
+        }
 
 
 @dataclass(slots=True)
@@ -158,6 +174,7 @@ class LocalEnv:
             lines += ["", "[[safekeepers]]"]
             lines += [f"http_port = {conf.http_port}", f"id = {conf.id}"]
             lines += [f"pg_port = {conf.pg_port}", f"sync = {str(conf.sync).lower()}"]
+            lines += [f"{name} = {_quoted(value)}" for name, value in conf.wal_options.items()]
         lines += ["", "[branch_name_mappings]"]
         for name, timelines in sorted(self.branches.items()):
             pairs = ", ".join(f"['{t}', '{tl}']" for t, tl in sorted(timelines.items()))

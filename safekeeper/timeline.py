@@ -12,15 +12,20 @@ import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import Executor
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 from postgres_ffi.wal_decoder import WalDecodeError
+from postgres_ffi.wal_format import normalize_lsn
 from safekeeper import control_file, delivery
 from safekeeper.consensus import Acceptor, Action, Persist, Reply, Session, TruncateWal
 from safekeeper.delivery import Delivery, DeliveryFileError
 from safekeeper.metrics import TimelineMetrics
+from safekeeper.remote_wal import RemoteWal
 from safekeeper.wal_end import WalEnd
+from safekeeper.wal_reader import KeptWal, WalReader
+from safekeeper.wal_removal import WalNeeds
 from safekeeper.wal_storage import FlushError, InvalidWalError, WalStorage, wal_magic
 from zenith_utils.ids import TenantTimelineId
 from zenith_utils.lsn import lsn_text
@@ -57,9 +62,11 @@ class Timeline:
         *,
         sync: bool,
         helper: Executor,
+        remote: RemoteWal | None = None,
     ) -> None:
         """Load the timeline in `directory`: control file, end of WAL.
 
+        `remote` is where segments that are not here any more can be had.
         Raises FileNotFoundError (no control file), ControlFileError, WalStorageError.
         """
         self.id = timeline_id
@@ -76,6 +83,7 @@ class Timeline:
             )
         self._storage = WalStorage(directory, sync=sync, helper=helper)
         self._storage.open(state.commit_lsn, wal_magic(state.server.pg_version))
+        self.kept = KeptWal(timeline_id, directory, remote)
         self.acceptor = Acceptor(state, self._storage.flush_lsn)
         self._advanced = threading.Condition()
         self._waiting = 0
@@ -253,6 +261,73 @@ class Timeline:
             with self._advanced:
                 self._advanced.notify_all()
 
+    def open_reader(self, start_lsn: int) -> WalReader:
+        """A reader of WAL from `start_lsn` on, which is kept for it until it is closed.
+
+        Raises WalStorageError, OSError.
+        """
+        return WalReader(self.kept, start_lsn, self.begin_lsn())
+
+    # ---- which WAL is here
+
+    @property
+    def persisted_commit_lsn(self) -> int:
+        """The commit LSN that will be known after a crash at any moment from now on."""
+        with self.lock:
+            return self.acceptor.state.commit_lsn
+
+    @property
+    def origin_lsn(self) -> int:
+        """Where the timeline's WAL begins, wherever it is; 0 while that is not known."""
+        history = self.acceptor.state.term_history
+        return history[0].lsn if history else 0
+
+    def oldest_lsn(self) -> int:
+        """Where WAL begins here, 0 if there is none. Raises WalStorageError, OSError."""
+        return self.kept.first_lsn(self.acceptor.state.commit_lsn)
+
+    def begin_lsn(self) -> int:
+        """Where WAL begins here if there is, or was, older WAL elsewhere, else 0.
+
+        Raises WalStorageError, OSError.
+        """
+        oldest = self.oldest_lsn()
+        return oldest if normalize_lsn(oldest) > normalize_lsn(self.origin_lsn) else 0
+
+    def wal_needs(self, *, remote_consistent: bool, keep_size: int) -> WalNeeds:
+        """Up to where WAL is wherever it may be needed, as far as that will be known after a crash.
+
+        A pageserver has what is on its disk, or with `remote_consistent` in its remote storage.
+        """
+        with self.lock:
+            self.check_usable()
+            state = self.acceptor.state
+        with self._delivery_lock:
+            known = self._delivery
+        pageserver = 0
+        if known is not None:
+            pageserver = known.remote_lsn if remote_consistent else known.flush_lsn
+        return WalNeeds(
+            state.commit_lsn,
+            state.peer_horizon_lsn,
+            pageserver,
+            None if self.kept.remote is None else self.kept.offload_lsn,
+            self.kept.lowest_reader(),
+            keep_size,
+        )
+
+    def offloaded(self, lsn: int) -> None:
+        """All WAL that was here and below `lsn` is in object storage; durable on return.
+
+        Raises TimelineFailedError, OSError.
+        """
+        with self.lock:
+            self.check_usable()
+            state = self.acceptor.state
+            if lsn > state.s3_wal_lsn:
+                self.acceptor.state = replace(state, s3_wal_lsn=lsn)
+                self._carry_out((Persist(self.acceptor.state),))
+
     # ---- who is connected, and what pageservers and standbys report
 
     def compute_connected(self) -> None:
@@ -311,12 +386,25 @@ class Timeline:
                 delivery.store(self.directory, named, sync=self._sync)
                 self._delivery = self._saved_delivery = named
 
-    def delivered(self, connstr: str, flush_lsn: int) -> None:
-        """A pageserver has reported up to where it has WAL durably; kept in memory."""
+    def delivered(self, connstr: str, flush_lsn: int, remote_lsn: int = 0) -> None:
+        """A pageserver has reported up to where it has WAL on its disk, and in remote storage.
+
+        Kept in memory, unless it has less than it had: its data was replaced by older data, and
+        a restart must not make us believe that it needs no WAL of before.
+        """
         with self._delivery_lock:
             known = self._delivery
-            if known is not None and known.connstr == connstr:
-                self._delivery = Delivery(connstr, flush_lsn)
+            if known is None or known.connstr != connstr:
+                return
+            self._delivery = Delivery(connstr, flush_lsn, remote_lsn)
+            lost = normalize_lsn(flush_lsn) < normalize_lsn(known.flush_lsn)
+            lost |= remote_lsn < known.remote_lsn
+        if lost:
+            logger.warning(
+                "timeline %s: its pageserver had WAL up to %s and now has it up to %s",
+                self.id, lsn_text(known.flush_lsn), lsn_text(flush_lsn),
+            )  # fmt: skip
+            self.save_delivery()
 
     def save_delivery(self) -> None:
         """Remember across restarts what was reported, so that nobody is called for nothing."""

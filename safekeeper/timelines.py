@@ -13,6 +13,7 @@ from safekeeper.consensus import ControlState
 from safekeeper.control_file import ControlFileError
 from safekeeper.delivery import DeliveryFileError
 from safekeeper.metrics import SafekeeperMetrics
+from safekeeper.remote_wal import RemoteWal
 from safekeeper.timeline import Timeline
 from zenith_utils.durable import fsync_dir
 from zenith_utils.ids import IdParseError, TenantId, TenantTimelineId, TimelineId
@@ -31,10 +32,19 @@ class TimelineExistsError(Exception):
 class Timelines:
     """Registry of timelines below a data directory: ``<tenant>/<timeline>/``."""
 
-    def __init__(self, directory: Path, metrics: SafekeeperMetrics, *, sync: bool) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        metrics: SafekeeperMetrics,
+        *,
+        sync: bool,
+        remote: RemoteWal | None = None,
+    ) -> None:
+        """`remote` is where WAL is offloaded to, if it is."""
         self._directory = directory
         self._metrics = metrics
         self._sync = sync
+        self._remote = remote
         self._lock = threading.Lock()
         self._loaded: dict[TenantTimelineId, Timeline] = {}
         self._helper = ThreadPoolExecutor(2, thread_name_prefix="wal-segments")
@@ -81,18 +91,35 @@ class Timelines:
         Nothing is loaded: of a timeline that is at rest two small files are read. What cannot be
         read is logged and does not hide the others.
         """
+        for timeline_id, directory in self.on_disk():
+            try:
+                known = delivery.load(directory)
+                state = control_file.load(directory / control_file.CONTROL_FILE_NAME)
+                if known is not None and state.commit_lsn > known.flush_lsn:
+                    yield timeline_id, known.connstr
+            except (ControlFileError, DeliveryFileError, OSError) as e:
+                logger.error("cannot tell whether WAL is to be delivered: %s", e)
+
+    def on_disk(self) -> Iterator[tuple[TenantTimelineId, Path]]:
+        """All timelines with their directories, loaded or not."""
         for path in sorted(self._directory.glob(f"*/*/{control_file.CONTROL_FILE_NAME}")):
             try:
                 timeline_id = TenantTimelineId(
                     TenantId.parse(path.parent.parent.name), TimelineId.parse(path.parent.name)
                 )
-                known = delivery.load(path.parent)
-                if known is not None and control_file.load(path).commit_lsn > known.flush_lsn:
-                    yield timeline_id, known.connstr
             except IdParseError:
                 logger.warning("%s is no timeline's directory, ignored", path.parent)
-            except (ControlFileError, DeliveryFileError, OSError) as e:
-                logger.error("cannot tell whether WAL is to be delivered: %s", e)
+                continue
+            yield timeline_id, path.parent
+
+    def delivered(
+        self, timeline_id: TenantTimelineId, connstr: str, flush_lsn: int, remote_lsn: int
+    ) -> None:
+        """A pageserver has told how far it has a timeline's WAL; see Timeline.delivered()."""
+        with self._lock:
+            timeline = self._loaded.get(timeline_id)
+        if timeline is not None:
+            timeline.delivered(connstr, flush_lsn, remote_lsn)
 
     def loaded(self) -> list[Timeline]:
         """The timelines in memory."""
@@ -118,6 +145,7 @@ class Timelines:
                 self._metrics.timeline(timeline_id),
                 sync=self._sync,
                 helper=self._helper,
+                remote=self._remote,
             )
         except FileNotFoundError as e:
             raise TimelineNotFoundError(f"timeline {timeline_id} is not on this safekeeper") from e

@@ -19,6 +19,8 @@ from zenith_utils.lsn import lsn_text
 
 PARTIAL_SUFFIX: Final = ".partial"
 TEMP_SUFFIX: Final = ".tmp"
+FETCH_PREFIX: Final = "fetch-"
+"""Of segments out of object storage: files that are unlinked as soon as they are open."""
 _ZEROS_SIZE: Final = 1 << 20
 _TLI: Final = 1
 
@@ -53,9 +55,10 @@ def list_segments(directory: Path) -> list[tuple[int, bool]]:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove segments whose creation a crash interrupted."""
-    for path in directory.glob(f"*{PARTIAL_SUFFIX}{TEMP_SUFFIX}"):
-        path.unlink()
+    """Remove segments whose creation, or fetching, a crash interrupted."""
+    for pattern in (f"*{PARTIAL_SUFFIX}{TEMP_SUFFIX}", f"{FETCH_PREFIX}*"):
+        for path in directory.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def create_segment(directory: Path, segno: int, *, sync: bool) -> Path:
@@ -118,14 +121,9 @@ class SegmentReader:
         """
         segno, offset = divmod(lsn, WAL_SEGMENT_SIZE)
         if segno != self._segno:
-            self.close()
-            fd = open_segment(self._directory, segno)
-            if fd is None:
-                raise WalMissingError(
-                    f"WAL at {lsn_text(lsn)} is not on this safekeeper: "
-                    f"no segment {wal_file_name(_TLI, segno)} in {self._directory}"
-                )
-            self._segno, self._fd = segno, fd
+            self._close_segment()
+            self._fd = self._open(lsn)
+            self._segno = segno
         data = os.pread(self._fd, min(size, WAL_SEGMENT_SIZE - offset), offset)
         if not data:
             raise WalStorageError(
@@ -146,6 +144,20 @@ class SegmentReader:
 
     def close(self) -> None:
         """Close the open segment; reading on reopens it."""
+        self._close_segment()
+
+    def _open(self, lsn: int) -> int:
+        """A descriptor of the segment with `lsn`."""
+        segno = lsn // WAL_SEGMENT_SIZE
+        fd = open_segment(self._directory, segno)
+        if fd is None:
+            raise WalMissingError(
+                f"WAL at {lsn_text(lsn)} is not on this safekeeper: "
+                f"no segment {wal_file_name(_TLI, segno)} in {self._directory}"
+            )
+        return fd
+
+    def _close_segment(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
         self._segno = self._fd = -1
