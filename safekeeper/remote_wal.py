@@ -58,6 +58,7 @@ class RemoteWal:
         self._store = store
         self._shown = shown
         self._root = root
+        self._device = None if root is None else root.stat().st_dev
 
     def __str__(self) -> str:
         return self._shown
@@ -235,6 +236,10 @@ class RemoteWal:
         from obstore.exceptions import BaseError
 
         try:
+            # The library would make the directory, on whatever disk its parent is, and an unmounted
+            # disk must not look like one without WAL.
+            if self._root is not None and self._root.stat().st_dev != self._device:
+                raise OSError(f"{self._root} is on another disk than before")
             yield
         except (BaseError, OSError, ValueError) as e:
             raise RemoteWalError(f"cannot {verb} {self}/{key}: {_first_line(e)}") from e

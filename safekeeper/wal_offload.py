@@ -131,7 +131,7 @@ class WalOffload:
         if commit // WAL_SEGMENT_SIZE * WAL_SEGMENT_SIZE <= kept.offload_lsn:
             return False
         done = 0
-        expected: int | None = None
+        expected = kept.offload_lsn // WAL_SEGMENT_SIZE
         try:
             for segno, partial in list_segments(timeline.directory):
                 end = (segno + 1) * WAL_SEGMENT_SIZE
@@ -139,7 +139,7 @@ class WalOffload:
                     continue
                 if partial or end > commit or not self._old_enough(timeline.directory, segno):
                     return False
-                if expected is not None and segno != expected:
+                if expected and segno != expected:
                     raise WalStorageError(
                         f"WAL segment {segment_path(timeline.directory, expected, partial=False)}"
                         " is missing"

@@ -84,7 +84,7 @@ class WalRetention:
     def run(self) -> None:
         """Work for ever."""
         become_background()
-        self._load_forgotten()
+        self.load_forgotten()
         pause = threading.Event()
         while not pause.wait(self._settings.interval):
             self.work()
@@ -138,7 +138,7 @@ class WalRetention:
             raise WalStorageError(f"WAL segment {hole} of {timeline.directory} is missing")
         return len(removable)
 
-    def _load_forgotten(self) -> None:
+    def load_forgotten(self) -> None:
         """Load the timelines that have more WAL than they need to start.
 
         Nobody may have used them since the start of the process.
