@@ -246,7 +246,9 @@ def _start_retention(
     settings = RetentionSettings(
         WalRemoval(args.wal_removal), args.wal_keep_size, args.wal_removal_interval
     )
-    retention = WalRetention(timelines, settings, sync=not args.no_sync)
+    retention = WalRetention(
+        timelines, settings, sync=not args.no_sync, offloading=remote is not None
+    )
     threading.Thread(target=retention.run, name="wal-retention", daemon=True).start()
     offload = None
     if remote is not None:

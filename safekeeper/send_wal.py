@@ -68,8 +68,11 @@ class WalSender:
 
         Ends with StreamDone when no compute is connected and the reader has everything on disk.
         """
+        with contextlib.closing(self._open_reader(start_lsn)) as reader:
+            self._stream(reader, start_lsn)
+
+    def _stream(self, reader: WalReader, start_lsn: int) -> None:
         conn, timeline = self._conn, self._timeline
-        reader = self._open_reader(start_lsn)
         conn.send_copy_both_response()
         feedback = threading.Thread(target=self._receive_feedback, name="wal-feedback", daemon=True)
         feedback.start()
@@ -96,7 +99,6 @@ class WalSender:
                 flags = _REPLY_REQUESTED if timeline.has_compute else _REPLY_REQUESTED | _NO_COMPUTE
                 self._keep_alive(sent, flags)
         finally:
-            reader.close()
             timeline.record_hs_feedback(self, None)
             with contextlib.suppress(OSError):
                 conn.sock.shutdown(socket.SHUT_RD)  # wakes the other thread
@@ -118,15 +120,12 @@ class WalSender:
                 raise FatalQueryError(f"recovery of term {term} ends: this safekeeper is in {now}")
 
         check_term()
-        reader = self._open_reader(start_lsn)
         conn.send_copy_both_response()
         end = timeline.flush_lsn
         sent = start_lsn
-        try:
+        with contextlib.closing(self._open_reader(start_lsn)) as reader:
             while sent < end:
                 sent = self._send(reader, sent, end, check_term)
-        finally:
-            reader.close()
         conn.send_command_complete()
 
     def _open_reader(self, start_lsn: int) -> WalReader:

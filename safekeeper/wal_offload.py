@@ -37,6 +37,8 @@ _CHUNK: Final = 1 << 20
 # Segments of one timeline before others have their turn.
 _TURN: Final = 4
 _MAX_PAUSE: Final = 60.0
+# Timelines that find the storage away before the others are left for later.
+_MAX_UNANSWERED: Final = 3
 # How long others have for a segment of which this safekeeper has a part only.
 _JOINED_PATIENCE: Final = 300.0
 
@@ -72,26 +74,22 @@ class WalOffload:
         """Attempts that failed."""
         self._troubles: dict[TenantTimelineId, _Trouble] = {}
         self._joined: dict[TenantTimelineId, float] = {}
-        self._away = ""
+        self._away = False
 
     def run(self) -> None:
         """Work for ever."""
         become_background()
-        pause = self._interval
-        wait = threading.Event()
-        while not wait.wait(pause):
-            try:
-                pause = self._next_pause(pause, self.work())
-            except RemoteWalError as e:
-                self.failures += 1
-                if not self._away:
-                    logger.warning("WAL offload: %s; trying again, WAL is kept meanwhile", e)
-                self._away = str(e)
-                pause = min(2 * max(pause, self._interval), _MAX_PAUSE)
+        pause = threading.Event()
+        more = False
+        while True:
+            if not more:
+                pause.wait(self._interval)
+            more = self.work()
 
     def work(self) -> bool:
-        """Store some segments of each timeline; whether there is more. Raises RemoteWalError."""
+        """Store some segments of each timeline; whether there is more. Errors are logged."""
         more = False
+        unanswered = 0
         for timeline in self._timelines():
             trouble = self._troubles.get(timeline.id)
             if timeline.failure is not None or (trouble and time.monotonic() < trouble.due):
@@ -99,21 +97,20 @@ class WalOffload:
             try:
                 more |= self._work_on(timeline)
                 self._troubles.pop(timeline.id, None)
-            except RemoteWalError:
-                raise
+            except RemoteWalError as e:
+                if not self._away:
+                    logger.warning("WAL offload: %s; trying again, WAL is kept meanwhile", e)
+                self._away = True
+                self._postpone(timeline, e)
+                unanswered += 1
+                if unanswered == _MAX_UNANSWERED:
+                    break
             except Exception as e:
                 self._report(timeline, e)
         return more
 
-    def _next_pause(self, pause: float, more: bool) -> float:
-        if self._away:
-            logger.info("WAL offload: %s can be reached again", self._remote)
-            self._away = ""
-        return 0.0 if more else self._interval
-
     def _report(self, timeline: Timeline, error: Exception) -> None:
         """Say once that a timeline's WAL cannot be stored, and leave it alone for a while."""
-        self.failures += 1
         old = self._troubles.get(timeline.id)
         if old is None or old.text != str(error):
             unexpected = not isinstance(error, WalStorageError | OSError)
@@ -121,8 +118,18 @@ class WalOffload:
                 "timeline %s: cannot offload WAL, it is kept: %s",
                 timeline.id, error, exc_info=unexpected,
             )  # fmt: skip
+        self._postpone(timeline, error)
+
+    def _postpone(self, timeline: Timeline, error: Exception) -> None:
+        self.failures += 1
+        old = self._troubles.get(timeline.id)
         pause = self._interval if old is None else min(2 * old.pause, _MAX_PAUSE)
         self._troubles[timeline.id] = _Trouble(str(error), pause, time.monotonic() + pause)
+
+    def _reached(self) -> None:
+        if self._away:
+            logger.info("WAL offload: %s can be reached again", self._remote)
+            self._away = False
 
     def _work_on(self, timeline: Timeline) -> bool:
         """Store segments of a timeline; whether there may be more."""
@@ -148,6 +155,7 @@ class WalOffload:
                     return True
                 if not self._store(timeline, segno, commit):
                     return False
+                self._reached()
                 kept.offload_lsn = end
                 expected = segno + 1
                 done += 1

@@ -6,9 +6,11 @@ import logging
 import threading
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from postgres_ffi.wal_format import WAL_SEGMENT_SIZE
+from safekeeper import control_file
 from safekeeper.timeline import Timeline
 from safekeeper.timelines import Timelines
 from safekeeper.wal_files import WalStorageError, list_segments
@@ -72,12 +74,18 @@ class WalRetention:
     """Looks at the timelines again and again."""
 
     def __init__(
-        self, timelines: Timelines, settings: RetentionSettings, *, sync: bool = True
+        self,
+        timelines: Timelines,
+        settings: RetentionSettings,
+        *,
+        sync: bool = True,
+        offloading: bool = False,
     ) -> None:
         """Without `sync` removals are not made durable."""
         self._timelines = timelines
         self._settings = settings
         self._sync = sync
+        self._offloading = offloading
         self._warn_at: dict[TenantTimelineId, int] = {}
         self._troubles: dict[TenantTimelineId, str] = {}
 
@@ -139,14 +147,18 @@ class WalRetention:
         return len(removable)
 
     def load_forgotten(self) -> None:
-        """Load the timelines that have more WAL than they need to start.
+        """Load the timelines with WAL that is to be offloaded, or perhaps to be removed.
 
         Nobody may have used them since the start of the process.
         """
         for timeline_id, directory in self._timelines.on_disk():
             try:
                 complete = [segno for segno, partial in list_segments(directory) if not partial]
-                if len(complete) * WAL_SEGMENT_SIZE > self._settings.keep_size:
+                if len(complete) * WAL_SEGMENT_SIZE > self._settings.keep_size or (
+                    self._offloading
+                    and complete
+                    and _stored_lsn(directory) < (complete[-1] + 1) * WAL_SEGMENT_SIZE
+                ):
                     self._timelines.get(timeline_id)
             except Exception as e:
                 self._report(timeline_id, str(e))
@@ -169,6 +181,11 @@ class WalRetention:
                 timeline.id, format_size(size), lsn_text(max(first, below)),
                 _WHY[timeline.kept.holder],
             )  # fmt: skip
+
+
+def _stored_lsn(directory: Path) -> int:
+    """Where the WAL in object storage ended when the control file was written."""
+    return control_file.load(directory / control_file.CONTROL_FILE_NAME).s3_wal_lsn
 
 
 def retention_metrics(timelines: Timelines, offload: WalOffload | None) -> list[IntegerFamily]:
