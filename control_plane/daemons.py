@@ -168,6 +168,8 @@ def safekeeper(env: LocalEnv, node_id: int) -> Daemon:
     arguments += ["--recall", "1 second", "--daemonize"]
     if not conf.sync:
         arguments.append("--no-sync")
+    for name, value in conf.wal_options.items():
+        arguments += [f"--{name.replace('_', '-')}", value]
     return Daemon(
         title=f"Safekeeper {node_id}",
         kind="safekeeper",

@@ -10,7 +10,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,7 +45,8 @@ class PageserverConf:
 class SafekeeperConf:
     """Where one safekeeper listens; `sync` false runs it without fsync.
 
-    `instance` is that of its data directory in hex, empty before its first start.
+    `instance` is that of its data directory in hex, empty before its first start. The others are
+    options of its program about the WAL it keeps, not given if they are empty.
     """
 
     id: int = 1
@@ -53,6 +54,19 @@ class SafekeeperConf:
     http_port: int = 7676
     sync: bool = True
     instance: str = ""
+    wal_keep_size: str = ""
+    wal_offload: str = ""
+    wal_removal: str = ""
+    wal_removal_interval: str = ""
+
+    @property
+    def wal_options(self) -> dict[str, str]:
+        """The options about WAL that are set, by the names of the configuration."""
+        return {
+            f.name: value
+            for f in fields(self)
+            if f.name.startswith("wal_") and (value := getattr(self, f.name))
+        }
 
 
 @dataclass(slots=True)
@@ -193,6 +207,7 @@ class LocalEnv:
             lines += [f"http_port = {conf.http_port}", f"id = {conf.id}"]
             lines += [] if not conf.instance else [f"instance = {_quoted(conf.instance)}"]
             lines += [f"pg_port = {conf.pg_port}", f"sync = {str(conf.sync).lower()}"]
+            lines += [f"{name} = {_quoted(value)}" for name, value in conf.wal_options.items()]
         for generation in self.earlier_generations:
             lines += ["", "[[earlier_safekeeper_generations]]", "members = ["]
             lines += [

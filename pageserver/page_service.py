@@ -12,7 +12,7 @@ from pageserver.tenant import TenantError
 from pageserver.tenants import TenantManager
 from pageserver.timelines import LsnNotReadableError, TimelineHandle
 from zenith_utils.ids import IdParseError, TenantId, TimelineId
-from zenith_utils.lsn import Lsn, LsnParseError
+from zenith_utils.lsn import Lsn, LsnParseError, lsn_text
 from zenith_utils.postgres_backend import INT8_OID, Column, Connection, QueryError
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ class PageServiceHandler:
             "compact": self._compact,
             "do_gc": self._do_gc,
             "set": self._set,
+            "wal_position": self._wal_position,
         }
 
     def startup(self, conn: Connection) -> None:
@@ -71,6 +72,15 @@ class PageServiceHandler:
         self._tenants.activate(handle.tenant_id)
         handle.walreceiver.callmemaybe(words[3])
         conn.send_command_complete("SELECT 1")
+
+    def _wal_position(self, conn: Connection, words: list[str]) -> None:
+        """Up to where a timeline's WAL is on disk here, and in remote storage.
+
+        For safekeepers from which it does not stream.
+        """
+        timeline = self._timeline(words, (3,)).timeline
+        columns = [Column("disk_consistent_lsn"), Column("remote_consistent_lsn")]
+        conn.send_result(columns, [(lsn_text(timeline.disk_consistent_lsn), lsn_text(0))])
 
     def _checkpoint(self, conn: Connection, words: list[str]) -> None:
         handle = self._timeline(words, (3,))

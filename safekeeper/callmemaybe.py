@@ -18,7 +18,8 @@ from typing import Final
 
 from zenith_utils.conninfo import ConninfoError, redact
 from zenith_utils.ids import TenantTimelineId
-from zenith_utils.pq_client import PqConnectionLost, PqError, connect_conninfo
+from zenith_utils.lsn import Lsn, LsnParseError
+from zenith_utils.pq_client import PqConnection, PqConnectionLost, PqError, connect_conninfo
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +33,19 @@ _MAX_PAUSE: Final = 30.0
 
 Refusals = dict[TenantTimelineId, str]
 Call = Callable[[str, Sequence[TenantTimelineId], tuple[str, int]], Refusals]
+Report = Callable[[TenantTimelineId, str, int, int], None]
+"""Called with a timeline, a connection string, and the LSNs of Timeline.delivered()."""
 
 
 def call_pageserver(
-    connstr: str, timeline_ids: Sequence[TenantTimelineId], listen: tuple[str, int]
+    connstr: str,
+    timeline_ids: Sequence[TenantTimelineId],
+    listen: tuple[str, int],
+    report: Report | None = None,
 ) -> Refusals:
     """Ask the pageserver at `connstr` to stream the timelines from us.
 
+    It streams from one safekeeper only: the others learn here how far it is, for `report`.
     Returns its errors by timeline. Raises PqConnectionLost when it cannot be reached or leaves,
     PqError when it refuses the connection, ConninfoError.
     """
@@ -55,11 +62,21 @@ def call_pageserver(
                 conn.simple_query(
                     f"callmemaybe {tenant} {timeline} {back}", timeout=_CONNECT_TIMEOUT
                 )
+                if report is not None:
+                    report(timeline_id, connstr, *_position(conn, timeline_id))
             except PqConnectionLost:
                 raise
-            except PqError as e:
+            except (PqError, LsnParseError) as e:
                 refusals[timeline_id] = str(e)
     return refusals
+
+
+def _position(conn: PqConnection, timeline_id: TenantTimelineId) -> tuple[int, int]:
+    """Up to where a pageserver has WAL: on its disk, and in its remote storage."""
+    tenant, timeline = timeline_id
+    rows = conn.simple_query(f"wal_position {tenant} {timeline}", timeout=_CONNECT_TIMEOUT)
+    disk, remote = ((field or b"").decode(errors="replace") for field in rows[0])
+    return Lsn.parse(disk), Lsn.parse(remote)
 
 
 @dataclass(slots=True)

@@ -78,6 +78,8 @@ class HttpApi:
             "generation": state.generation,
             "established": state.established,
             "recovering": state.recovering,
+            "oldest_lsn": lsn_text(timeline.oldest_lsn()),
+            "wal_held_by": timeline.kept.holder,
         }
 
     def _create_timeline(self, request: Request) -> Response:

@@ -11,16 +11,27 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from safekeeper import control_file, identity
-from safekeeper.callmemaybe import CallMeMaybe
+from safekeeper.callmemaybe import CallMeMaybe, call_pageserver
 from safekeeper.http_api import HttpApi
 from safekeeper.identity import IdentityError
 from safekeeper.metrics import SafekeeperMetrics
+from safekeeper.remote_wal import RemoteWal, RemoteWalUrlError
 from safekeeper.timeline_registry import RegistryError
 from safekeeper.timelines import Timelines
+from safekeeper.wal_offload import WalOffload
+from safekeeper.wal_retention import (
+    DEFAULT_INTERVAL,
+    DEFAULT_KEEP_SIZE,
+    RetentionSettings,
+    WalRemoval,
+    WalRetention,
+    retention_metrics,
+)
 from safekeeper.wal_service import WalService
 from zenith_utils.daemonize import (
     AddressError,
@@ -36,6 +47,7 @@ from zenith_utils.http_server import HttpServer, metrics_route
 from zenith_utils.log import init_logging
 from zenith_utils.pid_file import PidFileError
 from zenith_utils.postgres_backend import PostgresServer
+from zenith_utils.size import SizeError, format_size, parse_size
 from zenith_utils.version import version_text
 
 logger = logging.getLogger(__name__)
@@ -51,6 +63,8 @@ _TERMINATED_EXIT_CODE: Final = 111
 # a new compute, up to the commit LSN persisted last.
 _PROGRESS_PERIOD: Final = 1.0
 _SWITCH_INTERVAL: Final = 0.0005
+# How often somebody looks for WAL to be offloaded.
+_OFFLOAD_INTERVAL: Final = 1.0
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
 
@@ -92,12 +106,64 @@ def _parser() -> argparse.ArgumentParser:
     add("-l", "--listen-pg", "--listen", default=DEFAULT_PG_ADDRESS, help="WAL service ip:port")
     add("--listen-http", default=DEFAULT_HTTP_ADDRESS, help="HTTP API ip:port")
     add("-p", "--pageserver", help=argparse.SUPPRESS)
-    add("--ttl", help="offloading of WAL is not available; refused")
     add("--recall", type=_period, default=1.0, help="period of calls to pageservers (1 s)")
     add("-d", "--daemonize", action="store_true", help="run in the background")
     add("-n", "--no-sync", action="store_true", help="do not fsync: unsafe, for tests only")
+    _add_retention_options(parser)
     add("--dump-control-file", type=Path, metavar="PATH", help="print a control file as JSON")
     return parser
+
+
+def _add_retention_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "retention",
+        "Complete WAL segments are removed when all safekeepers have them, the pageserver has "
+        "made them durable, nobody streams them, and they are offloaded if they are to be.",
+    )
+    group.add_argument(
+        "--wal-removal",
+        choices=[choice.value for choice in WalRemoval],
+        default=WalRemoval.DISK_CONSISTENT.value,
+        help="where the pageserver must have WAL before it is removed here: on its disk (the "
+        "default) or in its remote storage; off: nothing is removed",
+    )
+    group.add_argument(
+        "--wal-keep-size",
+        type=_size,
+        default=DEFAULT_KEEP_SIZE,
+        metavar="SIZE",
+        help="keep this much WAL in any case, for standbys and pageservers that come back "
+        f"(default: {format_size(DEFAULT_KEEP_SIZE)})",
+    )
+    group.add_argument(
+        "--wal-removal-interval",
+        type=_period,
+        default=DEFAULT_INTERVAL,
+        metavar="DURATION",
+        help=f"how often WAL that can go is looked for (default: {DEFAULT_INTERVAL:.0f} s)",
+    )
+    group.add_argument(
+        "--wal-offload",
+        metavar="URL",
+        help="store complete segments in this place before they are removed, and read them from "
+        "there when they are asked for: file:///directory, s3://bucket/prefix, gs://bucket/prefix "
+        "or az://account/container/prefix, with the credentials of the environment",
+    )
+    group.add_argument(
+        "--ttl",
+        type=_period,
+        metavar="DURATION",
+        help="the same to the S3 bucket zenith-testbucket below walarchive/, for segments of that "
+        "age, with the credentials S3_REGION, S3_ENDPOINT, S3_ACCESSKEY and S3_SECRET of the "
+        "environment",
+    )
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except SizeError as e:
+        raise argparse.ArgumentTypeError(str(e)) from e
 
 
 def _period(text: str) -> float:
@@ -111,8 +177,7 @@ def _period(text: str) -> float:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.ttl is not None:
-        raise StartError("--ttl: offloading of WAL is not available in this version")
+    remote = _remote_wal(args)
     directory: Path = args.dir.resolve()
     if not directory.is_dir():
         raise StartError(f"data directory {directory} does not exist")
@@ -137,9 +202,15 @@ def _run(args: argparse.Namespace) -> int:
 
     logger.info("version: %s", version_text("safekeeper"))
     metrics = SafekeeperMetrics()
-    timelines = Timelines(directory, metrics, sync=not args.no_sync, instance=me.instance)
+    timelines = Timelines(
+        directory, metrics, sync=not args.no_sync, instance=me.instance, remote=remote
+    )
     host = parse_address(args.listen_pg)[0]
-    callmemaybe = CallMeMaybe((host, pg_socket.getsockname()[1]), args.recall)
+    callmemaybe = CallMeMaybe(
+        (host, pg_socket.getsockname()[1]),
+        args.recall,
+        partial(call_pageserver, report=timelines.delivered),
+    )
     streams = metrics.watch_delivery(callmemaybe)
     service = WalService(timelines, callmemaybe, streams)
     routes = [*HttpApi(me, timelines).routes(), metrics_route(metrics.metrics)]
@@ -150,6 +221,7 @@ def _run(args: argparse.Namespace) -> int:
     PostgresServer(pg_socket, service.handler_factory(), name="wal-service").start()
     HttpServer(http_socket, routes).start()
     threading.Thread(target=_save_progress, args=(timelines,), name="progress", daemon=True).start()
+    _start_retention(args, timelines, remote, metrics)
     logger.info(
         "safekeeper %d (instance %s) listens on %s (http %s) in %s",
         me.id, me.instance.hex(), args.listen_pg, args.listen_http, directory,
@@ -160,6 +232,42 @@ def _run(args: argparse.Namespace) -> int:
     del pid_file
     logging.shutdown()
     os._exit(_TERMINATED_EXIT_CODE)
+
+
+def _remote_wal(args: argparse.Namespace) -> RemoteWal | None:
+    """Where WAL is offloaded to. Raises StartError."""
+    if args.wal_offload is not None and args.ttl is not None:
+        raise StartError("--ttl and --wal-offload name two places for WAL: give one of them")
+    try:
+        if args.ttl is not None:
+            return RemoteWal.open_for_ttl(dict(os.environ))
+        return None if args.wal_offload is None else RemoteWal.open(args.wal_offload)
+    except RemoteWalUrlError as e:
+        raise StartError(str(e)) from e
+
+
+def _start_retention(
+    args: argparse.Namespace,
+    timelines: Timelines,
+    remote: RemoteWal | None,
+    metrics: SafekeeperMetrics,
+) -> None:
+    """Start what removes WAL, and what offloads it."""
+    settings = RetentionSettings(
+        WalRemoval(args.wal_removal), args.wal_keep_size, args.wal_removal_interval
+    )
+    retention = WalRetention(
+        timelines, settings, sync=not args.no_sync, offloading=remote is not None
+    )
+    threading.Thread(target=retention.run, name="wal-retention", daemon=True).start()
+    offload = None
+    if remote is not None:
+        logger.info("offloading WAL to %s", remote)
+        offload = WalOffload(
+            remote, timelines.loaded, interval=_OFFLOAD_INTERVAL, min_age=args.ttl or 0.0
+        )
+        threading.Thread(target=offload.run, name="wal-offload", daemon=True).start()
+    metrics.metrics.add_source(lambda: retention_metrics(timelines, offload))
 
 
 def _save_progress(timelines: Timelines) -> None:

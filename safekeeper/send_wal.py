@@ -12,8 +12,9 @@ from collections.abc import Callable
 from typing import Final
 
 from postgres_ffi.wal_format import WAL_BLCKSZ
+from safekeeper.remote_wal import RemoteWalError
 from safekeeper.timeline import Timeline
-from safekeeper.wal_files import SegmentReader
+from safekeeper.wal_reader import WalReader
 from zenith_utils.lsn import lsn_text
 from zenith_utils.postgres_backend import (
     Connection,
@@ -40,6 +41,8 @@ _REPLY_REQUESTED: Final = 1
 # timeline, so a pageserver that makes what it has durable can be left alone.
 _NO_COMPUTE: Final = 2
 _IDLE_SECONDS: Final = 1.0
+# Between attempts to get WAL out of an object storage that is away.
+_STORAGE_PAUSE: Final = 2.0
 # A stream sends at most this often while little comes at a time: every commit would cost the commit
 # path a thread switch otherwise, and no reader is in that much of a hurry.
 _MIN_INTERVAL: Final = 0.002
@@ -68,15 +71,21 @@ class WalSender:
         self._timeline = timeline
         self._pageserver = pageserver
         self._standby = standby
-        self._reader = SegmentReader(timeline.directory, timeline.wal_end.recent)
         self._reported: ZenithFeedback | None = None
         self._client_gone = threading.Event()
+        self._alive_at = 0.0
+        self._storage_error = ""
+        """What the stream waits for."""
 
     def stream(self, start_lsn: int) -> None:
         """Send committed WAL from `start_lsn` on, as it comes, until the reader leaves.
 
         Ends with StreamDone when no compute is connected and the reader has everything on disk.
         """
+        with contextlib.closing(self._open_reader(start_lsn)) as reader:
+            self._stream(reader, start_lsn)
+
+    def _stream(self, reader: WalReader, start_lsn: int) -> None:
         conn, timeline = self._conn, self._timeline
         conn.send_copy_both_response()
         feedback = threading.Thread(target=self._receive_feedback, name="wal-feedback", daemon=True)
@@ -87,7 +96,12 @@ class WalSender:
                 commit = timeline.wait_for_commit(sent, _IDLE_SECONDS)
                 if commit > sent:
                     started = time.monotonic()
-                    sent = self._send(sent, commit, lambda: None)
+                    try:
+                        sent = self._send(reader, sent, commit, lambda: None)
+                    except RemoteWalError as e:
+                        self._wait_for_storage(sent, e)
+                        continue
+                    self._storage_error = ""
                     if commit - sent < MAX_SEND_SIZE:
                         self._rest(started)
                     continue
@@ -97,10 +111,8 @@ class WalSender:
                         f"the reader has all WAL up to {lsn_text(commit)} on disk"
                     )
                 flags = _REPLY_REQUESTED if timeline.has_compute else _REPLY_REQUESTED | _NO_COMPUTE
-                conn.send_copy_data(_KEEPALIVE.pack(b"k", sent, postgres_timestamp(), flags))
-                conn.flush()
+                self._keep_alive(sent, flags)
         finally:
-            self._reader.close()
             timeline.record_hs_feedback(self, None)
             with contextlib.suppress(OSError):
                 conn.sock.shutdown(socket.SHUT_RD)  # wakes the other thread
@@ -125,14 +137,36 @@ class WalSender:
         conn.send_copy_both_response()
         end = timeline.flush_lsn
         sent = start_lsn
-        try:
+        with contextlib.closing(self._open_reader(start_lsn)) as reader:
             while sent < end:
-                sent = self._send(sent, end, check_term)
-        finally:
-            self._reader.close()
+                sent = self._send(reader, sent, end, check_term)
         conn.send_command_complete()
 
-    def _send(self, lsn: int, limit: int, check: Callable[[], None]) -> int:
+    def _open_reader(self, start_lsn: int) -> WalReader:
+        """The timeline's WAL; the other side gets keepalives while it waits for object storage."""
+        reader = self._timeline.open_reader(start_lsn)
+
+        def keep_alive() -> None:
+            if time.monotonic() - self._alive_at >= _IDLE_SECONDS:
+                self._keep_alive(reader.position)
+
+        reader.progress = keep_alive
+        return reader
+
+    def _keep_alive(self, lsn: int, flags: int = 0) -> None:
+        self._conn.send_copy_data(_KEEPALIVE.pack(b"k", lsn, postgres_timestamp(), flags))
+        self._conn.flush()
+        self._alive_at = time.monotonic()
+
+    def _wait_for_storage(self, lsn: int, error: RemoteWalError) -> None:
+        """Wait before WAL is asked for again that nobody could deliver."""
+        if not self._storage_error:
+            logger.warning("stream to %s waits at %s: %s", self._conn.peer, lsn_text(lsn), error)
+        self._storage_error = str(error)
+        self._keep_alive(lsn)
+        self._client_gone.wait(_STORAGE_PAUSE)
+
+    def _send(self, reader: WalReader, lsn: int, limit: int, check: Callable[[], None]) -> int:
         """Send one piece of WAL from `lsn`; where it ends. `check` runs before bytes leave.
 
         It ends at a page boundary or at `limit`, the end of a record. A standby takes it that a
@@ -142,7 +176,7 @@ class WalSender:
         if end < limit:
             end -= end % WAL_BLCKSZ
         self._timeline.check_wal(lsn, end)
-        data = self._reader.read(lsn, end - lsn)
+        data = reader.read(lsn, end - lsn)
         check()
         header = _XLOG_DATA.pack(b"w", lsn, limit, postgres_timestamp())
         self._conn.send_copy_data(header, data)
@@ -179,7 +213,9 @@ class WalSender:
             self._reported = ZenithFeedback.parse(data[9:])
             self._timeline.record_feedback(self._reported)
             if self._pageserver is not None:
-                self._timeline.delivered(self._pageserver, self._reported.ps_flushlsn)
+                self._timeline.delivered(
+                    self._pageserver, self._reported.ps_flushlsn, self._reported.ps_applylsn
+                )
             if self._is_done(self._timeline.commit_lsn):
                 self._timeline.wake_readers()
         elif tag == _TAG_HS_FEEDBACK:

@@ -12,11 +12,12 @@ import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import Executor
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 from postgres_ffi.wal_decoder import WalDecodeError
-from postgres_ffi.wal_format import WAL_SEGMENT_SIZE
+from postgres_ffi.wal_format import WAL_SEGMENT_SIZE, normalize_lsn
 from safekeeper import control_file, delivery
 from safekeeper.consensus import (
     Acceptor,
@@ -30,11 +31,14 @@ from safekeeper.consensus import (
 from safekeeper.delivery import Delivery, DeliveryFileError
 from safekeeper.load_timeline import after_damage, load_state, open_wal
 from safekeeper.metrics import TimelineMetrics
+from safekeeper.remote_wal import RemoteWal
 from safekeeper.set_aside import remove_set_aside
 from safekeeper.timeline_registry import RegistryError, TimelineRegistry
 from safekeeper.verify_wal import WalVerifier
 from safekeeper.wal_end import WalEnd
 from safekeeper.wal_files import WalDamagedError, WalStorageError
+from safekeeper.wal_reader import KeptWal, WalReader
+from safekeeper.wal_removal import WalNeeds
 from safekeeper.wal_storage import FlushError, InvalidWalError, WalStorage, wal_magic
 from zenith_utils.ids import TenantTimelineId
 from zenith_utils.lsn import lsn_text
@@ -74,10 +78,12 @@ class Timeline:
         instance: bytes,
         sync: bool,
         helper: Executor,
+        remote: RemoteWal | None = None,
     ) -> None:
         """Load the timeline in `directory`: control file, end of WAL. `instance` is the node's.
 
-        Damage makes it `recovering`. Raises FileNotFoundError (no such timeline), ControlFileError,
+        `remote` is where segments that are not here any more can be had. Damage makes it
+        `recovering`. Raises FileNotFoundError (no such timeline), ControlFileError,
         WalStorageError, RegistryError, OSError.
         """
         self.id = timeline_id
@@ -97,6 +103,7 @@ class Timeline:
         magic = wal_magic(state.server.pg_version)
         self._verifier = WalVerifier(directory, state.commit_lsn, magic)
         self.acceptor = Acceptor(state, self._storage.flush_lsn, instance)
+        self.kept = KeptWal(timeline_id, directory, remote)
         self._advanced = threading.Condition()
         self._waiting = 0
         self._computes = 0
@@ -125,12 +132,6 @@ class Timeline:
     def commit_lsn(self) -> int:
         """WAL below is committed and here; never goes back."""
         return self.acceptor.commit_lsn
-
-    @property
-    def wal_begin_lsn(self) -> int:
-        """Where the WAL of the timeline begins; 0 while that is not known."""
-        history = self.acceptor.state.term_history
-        return history[0].lsn if history else 0
 
     @property
     def wal_end(self) -> WalEnd:
@@ -350,6 +351,73 @@ class Timeline:
             with self._advanced:
                 self._advanced.notify_all()
 
+    def open_reader(self, start_lsn: int) -> WalReader:
+        """A reader of WAL from `start_lsn` on, which is kept for it until it is closed.
+
+        Raises WalStorageError, OSError.
+        """
+        return WalReader(self.kept, start_lsn, self.begin_lsn(), self.wal_end.recent)
+
+    # ---- which WAL is here
+
+    @property
+    def persisted_commit_lsn(self) -> int:
+        """The commit LSN that will be known after a crash at any moment from now on."""
+        with self.lock:
+            return self.acceptor.state.commit_lsn
+
+    @property
+    def origin_lsn(self) -> int:
+        """Where the timeline's WAL begins, wherever it is; 0 while that is not known."""
+        history = self.acceptor.state.term_history
+        return history[0].lsn if history else 0
+
+    def oldest_lsn(self) -> int:
+        """Where WAL begins here, 0 if there is none. Raises WalStorageError, OSError."""
+        return self.kept.first_lsn(self.acceptor.state.commit_lsn)
+
+    def begin_lsn(self) -> int:
+        """Where WAL begins here if there is, or was, older WAL elsewhere, else 0.
+
+        Raises WalStorageError, OSError.
+        """
+        oldest = self.oldest_lsn()
+        return oldest if normalize_lsn(oldest) > normalize_lsn(self.origin_lsn) else 0
+
+    def wal_needs(self, *, remote_consistent: bool, keep_size: int) -> WalNeeds:
+        """Up to where WAL is wherever it may be needed, as far as that will be known after a crash.
+
+        A pageserver has what is on its disk, or with `remote_consistent` in its remote storage.
+        """
+        with self.lock:
+            self.check_usable()
+            state = self.acceptor.state
+        with self._delivery_lock:
+            known = self._delivery
+        pageserver = 0
+        if known is not None:
+            pageserver = known.remote_lsn if remote_consistent else known.flush_lsn
+        return WalNeeds(
+            state.commit_lsn,
+            state.peer_horizon_lsn,
+            pageserver,
+            None if self.kept.remote is None else self.kept.offload_lsn,
+            self.kept.lowest_reader(),
+            keep_size,
+        )
+
+    def offloaded(self, lsn: int) -> None:
+        """All WAL that was here and below `lsn` is in object storage; durable on return.
+
+        Raises TimelineFailedError, OSError.
+        """
+        with self.lock:
+            self.check_usable()
+            state = self.acceptor.state
+            if lsn > state.s3_wal_lsn:
+                self.acceptor.state = replace(state, s3_wal_lsn=lsn)
+                self._carry_out((Persist(self.acceptor.state),))
+
     # ---- who is connected, and what pageservers and standbys report
 
     def compute_connected(self) -> None:
@@ -413,12 +481,25 @@ class Timeline:
                 delivery.store(self.directory, named, sync=self._sync)
                 self._delivery = self._saved_delivery = named
 
-    def delivered(self, connstr: str, flush_lsn: int) -> None:
-        """A pageserver has reported up to where it has WAL durably; kept in memory."""
+    def delivered(self, connstr: str, flush_lsn: int, remote_lsn: int = 0) -> None:
+        """A pageserver has reported up to where it has WAL on its disk, and in remote storage.
+
+        Kept in memory, unless it has less than it had: its data was replaced by older data, and
+        a restart must not make us believe that it needs no WAL of before.
+        """
         with self._delivery_lock:
             known = self._delivery
-            if known is not None and known.connstr == connstr:
-                self._delivery = Delivery(connstr, flush_lsn)
+            if known is None or known.connstr != connstr:
+                return
+            self._delivery = Delivery(connstr, flush_lsn, remote_lsn)
+            lost = normalize_lsn(flush_lsn) < normalize_lsn(known.flush_lsn)
+            lost |= remote_lsn < known.remote_lsn
+        if lost:
+            logger.warning(
+                "timeline %s: its pageserver had WAL up to %s and now has it up to %s",
+                self.id, lsn_text(known.flush_lsn), lsn_text(flush_lsn),
+            )  # fmt: skip
+            self.save_delivery()
 
     def save_delivery(self) -> None:
         """Remember across restarts what was reported, so that nobody is called for nothing."""

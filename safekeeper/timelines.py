@@ -14,6 +14,7 @@ from safekeeper.control_file import ControlFileError
 from safekeeper.delivery import DeliveryFileError
 from safekeeper.identity import INSTANCE_SIZE
 from safekeeper.metrics import SafekeeperMetrics
+from safekeeper.remote_wal import RemoteWal
 from safekeeper.timeline import Timeline
 from safekeeper.timeline_registry import TimelineRegistry
 from zenith_utils.durable import fsync_dir
@@ -41,19 +42,24 @@ class Timelines:
         *,
         sync: bool,
         instance: bytes = bytes(INSTANCE_SIZE),
+        remote: RemoteWal | None = None,
     ) -> None:
-        """`instance` is that of the data directory. Raises RegistryError, OSError."""
+        """`instance` is that of the data directory, `remote` where WAL is offloaded to, if it is.
+
+        Raises RegistryError, OSError.
+        """
         self._directory = directory
         self._metrics = metrics
         self.instance = instance
         self._sync = sync
+        self._remote = remote
         self._lock = threading.Lock()
         self._loaded: dict[TenantTimelineId, Timeline] = {}
         self._helper = ThreadPoolExecutor(2, thread_name_prefix="wal-segments")
         self._checker = ThreadPoolExecutor(
             1, thread_name_prefix="check-wal", initializer=become_background
         )
-        present = [timeline_id for timeline_id, _ in self._control_files()]
+        present = [timeline_id for timeline_id, _ in self.on_disk()]
         self._registry = TimelineRegistry(directory, present, sync=sync)
 
     def get(self, timeline_id: TenantTimelineId) -> Timeline:
@@ -106,13 +112,35 @@ class Timelines:
         Nothing is loaded: of a timeline that is at rest two small files are read. What cannot be
         read is logged and does not hide the others.
         """
-        for timeline_id, path in self._control_files():
+        for timeline_id, directory in self.on_disk():
             try:
-                known = delivery.load(path.parent)
-                if known is not None and control_file.load(path).commit_lsn > known.flush_lsn:
+                known = delivery.load(directory)
+                state = control_file.load(directory / control_file.CONTROL_FILE_NAME)
+                if known is not None and state.commit_lsn > known.flush_lsn:
                     yield timeline_id, known.connstr
             except (ControlFileError, DeliveryFileError, OSError) as e:
                 logger.error("cannot tell whether WAL is to be delivered: %s", e)
+
+    def on_disk(self) -> Iterator[tuple[TenantTimelineId, Path]]:
+        """All timelines with their directories, loaded or not."""
+        for path in sorted(self._directory.glob(f"*/*/{control_file.CONTROL_FILE_NAME}")):
+            try:
+                timeline_id = TenantTimelineId(
+                    TenantId.parse(path.parent.parent.name), TimelineId.parse(path.parent.name)
+                )
+            except IdParseError:
+                logger.warning("%s is no timeline's directory, ignored", path.parent)
+                continue
+            yield timeline_id, path.parent
+
+    def delivered(
+        self, timeline_id: TenantTimelineId, connstr: str, flush_lsn: int, remote_lsn: int
+    ) -> None:
+        """A pageserver has told how far it has a timeline's WAL; see Timeline.delivered()."""
+        with self._lock:
+            timeline = self._loaded.get(timeline_id)
+        if timeline is not None:
+            timeline.delivered(connstr, flush_lsn, remote_lsn)
 
     def states(self) -> list[ControlState]:
         """The durable state of every timeline; recovering where it cannot be read."""
@@ -155,23 +183,13 @@ class Timelines:
                 instance=self.instance,
                 sync=self._sync,
                 helper=self._helper,
+                remote=self._remote,
             )
         except FileNotFoundError as e:
             raise TimelineNotFoundError(f"timeline {timeline_id} is not on this safekeeper") from e
         self._loaded[timeline_id] = timeline
         self._checker.submit(timeline.check_all_wal)
         return timeline
-
-    def _control_files(self) -> Iterator[tuple[TenantTimelineId, Path]]:
-        """The timelines that have a directory with a control file, and its path."""
-        for path in sorted(self._directory.glob(f"*/*/{control_file.CONTROL_FILE_NAME}")):
-            tenant, timeline = path.parent.parent.name, path.parent.name
-            try:
-                timeline_id = TenantTimelineId(TenantId.parse(tenant), TimelineId.parse(timeline))
-            except IdParseError:
-                logger.warning("%s is no timeline's directory, ignored", path.parent)
-                continue
-            yield timeline_id, path
 
     def _path(self, timeline_id: TenantTimelineId) -> Path:
         return self._directory / str(timeline_id.tenant_id) / str(timeline_id.timeline_id)

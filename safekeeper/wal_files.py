@@ -8,6 +8,8 @@ write therefore shows as zeros, and an end-of-WAL search cannot meet records of 
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +22,12 @@ from zenith_utils.lsn import lsn_text
 
 PARTIAL_SUFFIX: Final = ".partial"
 TEMP_SUFFIX: Final = ".tmp"
+FETCH_PREFIX: Final = "fetch-"
+"""Of segments out of object storage: files that are unlinked as soon as they are open."""
 _ZEROS_SIZE: Final = 1 << 20
+# Unit and alignment of direct I/O on all disks, and what is read at once so.
+_BLOCK: Final = 4096
+_DIRECT_SIZE: Final = (1 << 20) + 2 * _BLOCK
 _TLI: Final = 1
 
 
@@ -64,9 +71,10 @@ def list_segment_files(directory: Path) -> list[tuple[int, Path]]:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove segments whose creation a crash interrupted."""
-    for path in directory.glob(f"*{PARTIAL_SUFFIX}{TEMP_SUFFIX}"):
-        path.unlink()
+    """Remove segments whose creation, or fetching, a crash interrupted."""
+    for pattern in (f"*{PARTIAL_SUFFIX}{TEMP_SUFFIX}", f"{FETCH_PREFIX}*"):
+        for path in directory.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def create_segment(directory: Path, segno: int, *, sync: bool) -> Path:
@@ -136,6 +144,8 @@ class SegmentReader:
         self._recent = recent
         self._segno = -1
         self._fd = -1
+        self._is_direct = False
+        self._blocks: mmap.mmap | None = None
 
     def read(self, lsn: int, size: int) -> bytes:
         """Up to `size` bytes from `lsn`, cut at the end of its segment file.
@@ -148,16 +158,11 @@ class SegmentReader:
             if recent is not None:
                 return recent
         if segno != self._segno:
-            self.close()
-            fd = open_segment(self._directory, segno)
-            if fd is None:
-                raise WalMissingError(
-                    f"WAL at {lsn_text(lsn)} is not on this safekeeper: "
-                    f"no segment {wal_file_name(_TLI, segno)} in {self._directory}"
-                )
-            self._segno, self._fd = segno, fd
+            self._close_segment()
+            self._fd = self._open(lsn)
+            self._segno = segno
         try:
-            data = os.pread(self._fd, min(size, WAL_SEGMENT_SIZE - offset), offset)
+            data = self._pread(min(size, WAL_SEGMENT_SIZE - offset), offset)
         except OSError as e:
             raise WalUnreadableError(
                 f"cannot read segment {wal_file_name(_TLI, segno)} in {self._directory} at "
@@ -182,6 +187,52 @@ class SegmentReader:
 
     def close(self) -> None:
         """Close the open segment; reading on reopens it."""
+        self._close_segment()
+
+    def _open(self, lsn: int) -> int:
+        """A descriptor of the segment with `lsn`."""
+        segno = lsn // WAL_SEGMENT_SIZE
+        fd = self._open_here(segno)
+        if fd is None:
+            raise WalMissingError(
+                f"WAL at {lsn_text(lsn)} is not on this safekeeper: "
+                f"no segment {wal_file_name(_TLI, segno)} in {self._directory}"
+            )
+        return fd
+
+    def _open_here(self, segno: int) -> int | None:
+        """A descriptor of a segment in the directory, None if there is none.
+
+        One that is being written, past the page cache, is read so, too: what the cache got while
+        a block was written may be older than the block, and stay.
+        """
+        try:
+            path = segment_path(self._directory, segno, partial=True)
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return open_segment(self._directory, segno)
+        except OSError as e:
+            if e.errno != errno.EINVAL:
+                raise
+            return open_segment(self._directory, segno)  # no direct I/O, so nobody writes with it
+        if self._blocks is None:
+            self._blocks = mmap.mmap(-1, _DIRECT_SIZE)
+        self._is_direct = True
+        return fd
+
+    def _pread(self, size: int, offset: int) -> bytes:
+        if not self._is_direct:
+            return os.pread(self._fd, size, offset)
+        assert self._blocks is not None
+        skipped = offset % _BLOCK
+        size = min(size, _DIRECT_SIZE - _BLOCK)
+        end = -(-(skipped + size) // _BLOCK) * _BLOCK
+        with memoryview(self._blocks) as blocks:
+            got = os.preadv(self._fd, [blocks[:end]], offset - skipped)
+            return bytes(blocks[skipped : min(got, skipped + size)])
+
+    def _close_segment(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
         self._segno = self._fd = -1
+        self._is_direct = False

@@ -56,6 +56,8 @@ class Safekeeper(Member):
         self.log = MemberLog(str(self))
         self.recovery: RecoveryReader | None = None
         self.recovery_at = 0.0
+        self.recovery_failures = 0
+        """Since a recovery got on: the next one asks another safekeeper."""
 
     def __str__(self) -> str:
         return f"safekeeper {self.address[0]}:{self.address[1]}"
@@ -262,6 +264,7 @@ class SafekeeperPool:
                 if error is not None:
                     member.log.recovery_failed(error)
                     member.recovery_at = now + _RECOVERY_RETRY
+                    member.recovery_failures += 1
                 self._stop_recovery(member)
         elif self._core.phase is Phase.LEADER and lsn >= self._core.epoch_start_lsn:
             data = self._read_pg_wal(lsn, min(end_lsn - lsn, MAX_SEND_SIZE))
@@ -271,6 +274,7 @@ class SafekeeperPool:
             if member.recovery is None and now >= member.recovery_at:
                 self._start_recovery(member, end_lsn, now)
             return False
+        member.recovery_failures = 0
         for offset in range(0, len(data), MAX_SEND_SIZE):
             piece = data[offset : offset + MAX_SEND_SIZE]
             begin = member.peer.next_lsn
@@ -285,9 +289,10 @@ class SafekeeperPool:
         """Have a safekeeper that holds what `member` lacks stream it to us."""
         core = self._core
         lsn = member.peer.next_lsn
-        for source in core.sources(member.index):
-            if self.members[source].link is None:
-                continue
+        sources = [s for s in core.sources(member.index) if self.members[s].link is not None]
+        if sources:
+            # Each has removed WAL on its own: what one has not any more another may have.
+            source = sources[member.recovery_failures % len(sources)]
             have = core.peers[source].flush_lsn
             if source == core.donor:
                 have = max(have, core.epoch_start_lsn)

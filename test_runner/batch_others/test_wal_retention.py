@@ -1,0 +1,243 @@
+"""WAL goes from the safekeepers when nobody needs it, and comes back out of object storage."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import requests
+from fixtures.postgres import Postgres
+from fixtures.utils import lsn_from_hex, wait_until
+from fixtures.zenith_env import Safekeeper, ZenithEnv, ZenithEnvBuilder
+
+SEGMENT = 16 << 20
+
+
+def start(builder: ZenithEnvBuilder, safekeepers: int = 3, **options: str) -> ZenithEnv:
+    """An environment whose safekeepers keep no more WAL than they must, with further options."""
+    builder.num_safekeepers = safekeepers
+    env = builder.init()
+    options = {"wal_keep_size": "0", "wal_removal_interval": "100ms", **options}
+    lines = "".join(f"{name} = '{value}'\n" for name, value in options.items())
+    config = env.repo_dir / "config"
+    config.write_text(re.sub(r"(?m)^sync = .*\n", rf"\g<0>{lines}", config.read_text()))
+    builder.start()
+    return env
+
+
+def main_timeline(env: ZenithEnv) -> uuid.UUID:
+    """Id of the branch main."""
+    return uuid.UUID(dict(env.zenith_cli.list_timelines())["main"])
+
+
+def status(safekeeper: Safekeeper, timeline: uuid.UUID) -> dict[str, str]:
+    """A safekeeper's description of a timeline."""
+    path = f"v1/timeline/{safekeeper.env.initial_tenant.hex}/{timeline.hex}"
+    response = requests.get(f"http://localhost:{safekeeper.port.http}/{path}", timeout=10)
+    response.raise_for_status()
+    fields: dict[str, str] = response.json()
+    return fields
+
+
+def oldest(safekeeper: Safekeeper, timeline: uuid.UUID) -> int:
+    """Where WAL begins on a safekeeper."""
+    return lsn_from_hex(status(safekeeper, timeline)["oldest_lsn"])
+
+
+def metric(safekeeper: Safekeeper, name: str) -> int:
+    """A number of a safekeeper's metrics page."""
+    text = requests.get(f"http://localhost:{safekeeper.port.http}/metrics", timeout=10).text
+    match = re.search(rf"^safekeeper_{name}(?:{{.*}})? (\d+)$", text, re.MULTILINE)
+    assert match is not None, name
+    return int(match[1])
+
+
+def segments(safekeeper: Safekeeper, timeline: uuid.UUID) -> list[str]:
+    """Names of the WAL files of a timeline."""
+    directory = safekeeper.data_dir / safekeeper.env.initial_tenant.hex / timeline.hex
+    return sorted(p.name for p in directory.iterdir() if p.name.startswith("00000001"))
+
+
+def write(pg: Postgres, count: int) -> int:
+    """Fill `count` segments of WAL and insert as many rows; the LSN then."""
+    pg.safe_psql("CREATE TABLE IF NOT EXISTS t (i int)")
+    for _ in range(count):
+        pg.safe_psql("INSERT INTO t SELECT count(*) FROM t")
+        pg.safe_psql("SELECT pg_logical_emit_message(true, 'fill', repeat('x', 9000000))")
+        pg.safe_psql("SELECT pg_switch_wal()")
+    pg.safe_psql("INSERT INTO t SELECT count(*) FROM t")
+    return lsn_from_hex(pg.safe_psql("SELECT pg_current_wal_flush_lsn()::text")[0][0])
+
+
+def rows(pg: Postgres) -> int:
+    """How many rows there are; they are the numbers from 0 on."""
+    count, total = pg.safe_psql("SELECT count(*), coalesce(sum(i), 0) FROM t")[0]
+    assert total == count * (count - 1) // 2
+    return int(count)
+
+
+def position(env: ZenithEnv, timeline: uuid.UUID, name: str) -> int:
+    """An LSN of the pageserver's description of a timeline."""
+    detail = env.pageserver.http_client().timeline_detail(env.initial_tenant, timeline)
+    return lsn_from_hex(detail["local"][name])
+
+
+def make_durable(env: ZenithEnv, timeline: uuid.UUID, lsn: int) -> None:
+    """Have the pageserver ingest WAL up to an LSN and write it to its disk."""
+    wait_until(lambda: position(env, timeline, "last_record_lsn") >= lsn, what="ingestion")
+    env.pageserver.safe_psql(f"checkpoint {env.initial_tenant.hex} {timeline.hex}")
+    assert position(env, timeline, "disk_consistent_lsn") >= lsn
+
+
+def wait_removed(safekeeper: Safekeeper, timeline: uuid.UUID, lsn: int) -> None:
+    """Until a safekeeper has no segment any more that ends below an LSN."""
+    wait_until(
+        lambda: oldest(safekeeper, timeline) >= lsn // SEGMENT * SEGMENT,
+        what=f"safekeeper {safekeeper.id} to remove WAL",
+    )
+
+
+def wait_held(safekeeper: Safekeeper, timeline: uuid.UUID, holder: str) -> None:
+    """Until a safekeeper keeps WAL because of somebody."""
+    wait_until(
+        lambda: status(safekeeper, timeline)["wal_held_by"] == holder,
+        what=f"safekeeper {safekeeper.id} to keep WAL for {holder}",
+    )
+
+
+def test_removed_as_the_pageserver_gets_on(zenith_env_builder: ZenithEnvBuilder) -> None:
+    """All safekeepers remove what the pageserver has, and nothing before; restarts work."""
+    env = start(zenith_env_builder)
+    pg = env.postgres.create_start("main")
+    timeline = main_timeline(env)
+    begin = oldest(env.safekeepers[0], timeline)
+    lsn = write(pg, 3)
+    # The pageserver has it in memory only.
+    for safekeeper in env.safekeepers:
+        wait_held(safekeeper, timeline, "pageserver")
+        assert oldest(safekeeper, timeline) == begin
+    make_durable(env, timeline, lsn)
+    for safekeeper in env.safekeepers:
+        wait_removed(safekeeper, timeline, lsn)
+        # The one with the commit LSN, and the next one which is made ahead of its use.
+        assert len(segments(safekeeper, timeline)) <= 2
+        assert metric(safekeeper, "wal_segments") == len(segments(safekeeper, timeline))
+    assert "wal_keep_size = '0'" in (env.repo_dir / "config").read_text()
+
+    for safekeeper in env.safekeepers:
+        safekeeper.kill()
+        safekeeper.start()
+        assert oldest(safekeeper, timeline) >= lsn // SEGMENT * SEGMENT
+    pg.safe_psql("INSERT INTO t SELECT count(*) FROM t")
+    pg.stop().start()
+    assert rows(pg) == 5
+
+
+def test_safekeeper_that_was_down_gets_everything(zenith_env_builder: ZenithEnvBuilder) -> None:
+    """WAL that a safekeeper lacks is kept by the others until it is back and has it."""
+    env = start(zenith_env_builder)
+    pg = env.postgres.create_start("main")
+    timeline = main_timeline(env)
+    first, second, down = env.safekeepers
+    lsn = write(pg, 1)
+    make_durable(env, timeline, lsn)
+    wait_removed(first, timeline, lsn)
+    down.kill()
+    end = write(pg, 3)
+    make_durable(env, timeline, end)
+    # A compute that starts now has none of that WAL.
+    pg.stop().start()
+    for safekeeper in (first, second):
+        wait_held(safekeeper, timeline, "safekeepers")
+        assert oldest(safekeeper, timeline) <= lsn
+    down.start()
+    for safekeeper in env.safekeepers:
+        wait_removed(safekeeper, timeline, end)
+    # It counts for the quorum, with all that was committed.
+    first.kill()
+    pg.safe_psql("INSERT INTO t SELECT count(*) FROM t")
+    pg.stop().start()
+    assert rows(pg) == 7
+
+
+def test_pageserver_that_was_away_catches_up(zenith_env_builder: ZenithEnvBuilder) -> None:
+    """WAL stays while the pageserver is away, also over restarts of safekeepers."""
+    env = start(zenith_env_builder)
+    pg = env.postgres.create_start("main")
+    timeline = main_timeline(env)
+    lsn = write(pg, 1)
+    make_durable(env, timeline, lsn)
+    for safekeeper in env.safekeepers:
+        wait_removed(safekeeper, timeline, lsn)
+    # It gets all of it, and dies before any of it is on its disk.
+    end = write(pg, 3)
+    wait_until(lambda: position(env, timeline, "last_record_lsn") >= end, what="ingestion")
+    assert position(env, timeline, "disk_consistent_lsn") < lsn + SEGMENT
+    env.pageserver.kill()
+    assert end // SEGMENT >= lsn // SEGMENT + 3
+    for safekeeper in env.safekeepers:
+        safekeeper.kill()
+        safekeeper.start()
+        wait_held(safekeeper, timeline, "pageserver")
+        assert oldest(safekeeper, timeline) <= lsn
+    env.pageserver.start()
+    make_durable(env, timeline, end)
+    for safekeeper in env.safekeepers:
+        wait_removed(safekeeper, timeline, end)
+    assert rows(pg) == 6
+
+
+def test_old_pageserver_reads_offloaded_wal(
+    zenith_env_builder: ZenithEnvBuilder, tmp_path: Path
+) -> None:
+    """A pageserver that was put back to an old copy of its data gets the WAL since then.
+
+    While the object storage is away it waits.
+    """
+    storage = tmp_path / "storage"
+    storage.mkdir()
+    env = start(zenith_env_builder, wal_offload=storage.as_uri())
+    pg = env.postgres.create_start("main")
+    timeline = main_timeline(env)
+    lsn = write(pg, 1)
+    make_durable(env, timeline, lsn)
+    env.pageserver.stop()
+    tenants, copy = env.repo_dir / "tenants", tmp_path / "tenants"
+    shutil.copytree(tenants, copy)
+    env.pageserver.start()
+
+    end = write(pg, 3)
+    make_durable(env, timeline, end)
+    for safekeeper in env.safekeepers:
+        wait_removed(safekeeper, timeline, end)
+        assert lsn_from_hex(status(safekeeper, timeline)["s3_wal_lsn"]) >= end // SEGMENT * SEGMENT
+    names = [p.name for p in (storage / env.initial_tenant.hex / timeline.hex).iterdir()]
+    assert sum(name.endswith(".crc32c") for name in names) * 2 == len(names)
+    assert len(names) // 2 >= end // SEGMENT - lsn // SEGMENT
+
+    pg.stop()
+    env.pageserver.kill()
+    shutil.rmtree(tenants)
+    copy.rename(tenants)
+    away = tmp_path / "away"
+    storage.rename(away)
+    env.pageserver.start()
+    assert position(env, timeline, "last_record_lsn") < end
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(pg.start)
+        # The compute's start has the pageserver called, which waits with its safekeeper.
+        wait_until(lambda: waiting(env), what="a stream to wait for the object storage")
+        assert position(env, timeline, "last_record_lsn") < end // SEGMENT * SEGMENT
+        away.rename(storage)
+        starting.result()
+    assert rows(pg) == 6
+    assert sum(metric(s, "fetched_segments") for s in env.safekeepers) >= 3
+
+
+def waiting(env: ZenithEnv) -> bool:
+    """Whether some safekeeper's stream waits for WAL out of the object storage."""
+    logs = ((s.data_dir / "safekeeper.log").read_text() for s in env.safekeepers)
+    return any(re.search(r"stream to .* waits at .* cannot read file:", log) for log in logs)
