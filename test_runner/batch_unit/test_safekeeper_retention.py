@@ -432,8 +432,8 @@ def test_hole_is_damage(
     tmp_path: Path, wal: WalWriter, helper: ThreadPoolExecutor, storage: Path
 ) -> None:
     directory = lay_out(tmp_path / "sk", wal)
-    segment_path(directory, FIRST + 1, partial=False).unlink()
     timeline = load(directory, helper, RemoteWal.open(storage.as_uri()))
+    segment_path(directory, FIRST + 1, partial=False).unlink()
     # The record that continues in the missing one cannot be checked.
     offload(timeline).work()
     assert timeline.kept.offload_lsn == 0
