@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from control_plane import daemons
+from control_plane import daemons, membership
 from control_plane.compute import ComputeControlPlane, stop_supervisor
 from control_plane.environment import daemon_environment
 from control_plane.errors import ControlPlaneError
@@ -106,7 +106,12 @@ def _initial_environment(config: Path | None, repo_dir: Path) -> LocalEnv:
         raise ControlPlaneError(f"cannot read the config {config}: {e.strerror}") from e
     except UnicodeDecodeError as e:
         raise ControlPlaneError(f"the config {config} is not a text in UTF-8") from e
-    return LocalEnv.parse(text, repo_dir)
+    env = LocalEnv.parse(text, repo_dir)
+    # What another environment's safekeepers were says nothing about new ones.
+    for conf in env.safekeepers:
+        conf.instance = ""
+    env.safekeeper_generation, env.earlier_generations = 0, []
+    return env
 
 
 def _check_programs(env: LocalEnv) -> None:
@@ -163,13 +168,20 @@ def start(ctx: CliContext, overrides: tuple[str, ...]) -> None:
 
 
 def start_environment(env: LocalEnv, overrides: tuple[str, ...] = ()) -> None:
-    """Start all daemons; raises ControlPlaneError naming the one that fails."""
+    """Start all daemons; raises ControlPlaneError naming the one that fails.
+
+    A safekeeper that cannot start does not keep the others from it: they may be a majority.
+    """
     start_pageserver(env, overrides)
-    for conf in env.safekeepers:
+    failures: list[tuple[int, ControlPlaneError]] = []
+    for conf in list(env.safekeepers):
         try:
             start_safekeeper(env, conf.id)
         except ControlPlaneError as e:
-            raise ControlPlaneError(f"safekeeper '{conf.id}' start failed: {e}") from e.__cause__
+            failures.append((conf.id, e))
+    if failures:
+        said = "\n".join(f"safekeeper '{node_id}' start failed: {e}" for node_id, e in failures)
+        raise ControlPlaneError(said) from failures[0][1].__cause__
 
 
 def start_pageserver(env: LocalEnv, overrides: tuple[str, ...] = ()) -> None:
@@ -189,9 +201,11 @@ def start_pageserver(env: LocalEnv, overrides: tuple[str, ...] = ()) -> None:
 def start_safekeeper(env: LocalEnv, node_id: int) -> None:
     """Start one safekeeper; raises ControlPlaneError."""
     conf = env.safekeeper(node_id)
+    membership.check_disk(env, node_id)
     say(f"initializing for sk {node_id} for {conf.http_port}")
     with progress(f"starting safekeeper {node_id}"):
         daemons.safekeeper(env, node_id).start(say)
+    membership.record_instance(env, node_id)
 
 
 @click.command()

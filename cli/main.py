@@ -23,7 +23,7 @@ _COMMANDS = {
     "tenant": "tenants",
     "timeline": "timelines",
     "pageserver": "servers",
-    "safekeeper": "servers",
+    "safekeeper": "safekeepers",
     "pg": "nodes",
     "storage": "storage",
 }

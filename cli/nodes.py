@@ -26,6 +26,7 @@ from .time_travel import at_option, chosen_lsn
 _PORT = click.IntRange(1, 65535)
 _LSN_HELP = "Open the branch read-only, exactly as it was at this LSN."
 _AT_HELP = "Open the branch read-only, exactly as it was at this time"
+_STANDBY_HELP = "Read-only and following: what the branch's read-write node commits shows soon."
 _BAD_LSN = "Failed to parse Lsn from the request"
 
 
@@ -40,6 +41,7 @@ def pg() -> None:
 @click.option("--branch-name", default=DEFAULT_BRANCH, show_default=True)
 @click.option("--lsn", help=_LSN_HELP)
 @at_option(_AT_HELP)
+@click.option("--hot-standby", is_flag=True, help=_STANDBY_HELP)
 @click.option("--port", type=_PORT, help="Port; default: the next free one from 55432.")
 @click.option("--config-only", is_flag=True, hidden=True)
 @pass_context
@@ -50,6 +52,7 @@ def pg_create(
     branch_name: str,
     lsn: str | None,
     at: datetime | None,
+    hot_standby: bool,
     port: int | None,
     config_only: bool,
 ) -> None:
@@ -62,7 +65,12 @@ def pg_create(
     zenith pg create main
     zenith pg create test --branch-name fix --port 6000
     zenith pg create morning --at '2026-11-22 10:00:00'
+    zenith pg create replica --hot-standby
+
+    A hot standby is fed by the safekeepers. A branch may have several, once a read-write node has
+    run on it. While that one is stopped they answer queries and wait for its return.
     """
+    _refuse_standby_at_lsn(hot_standby, lsn, at)
     tenant_id = ctx.tenant(tenant_id)
     timeline_id = ctx.env.branch_timeline(branch_name, tenant_id)
     ComputeControlPlane(ctx.env).create(
@@ -71,6 +79,7 @@ def pg_create(
         timeline_id,
         chosen_lsn(ctx.env, (tenant_id, timeline_id), lsn, at, "--lsn", _BAD_LSN),
         port,
+        hot_standby=hot_standby,
     )
 
 
@@ -81,6 +90,7 @@ def pg_create(
 @click.option("--timeline-id", type=TIMELINE_ID, hidden=True)
 @click.option("--lsn", help=_LSN_HELP)
 @at_option(_AT_HELP)
+@click.option("--hot-standby", is_flag=True, help=_STANDBY_HELP)
 @click.option("--port", type=_PORT, help="Port of a new node; default: the next free one.")
 @pass_context
 def pg_start(
@@ -91,6 +101,7 @@ def pg_start(
     timeline_id: TimelineId | None,
     lsn: str | None,
     at: datetime | None,
+    hot_standby: bool,
     port: int | None,
 ) -> None:
     """Start a node; one that does not exist is created first.
@@ -102,7 +113,9 @@ def pg_start(
     zenith pg start test --branch-name fix
     zenith pg start past --branch-name main --lsn 0/2000028
     zenith pg start yesterday --branch-name main --at '2026-11-21 10:00:00+00'
+    zenith pg start replica --branch-name main --hot-standby
     """
+    _refuse_standby_at_lsn(hot_standby, lsn, at)
     tenant_id = ctx.tenant(tenant_id)
     if node is None:
         raise ControlPlaneError("No node name was provided to start")
@@ -115,7 +128,9 @@ def pg_start(
         branch = tenant_id, branch_timeline
         at_lsn = chosen_lsn(ctx.env, branch, lsn, at, "--lsn", _BAD_LSN)
         say(f"Starting new postgres {node} on timeline {branch_timeline} ...")
-        compute = plane.create(tenant_id, node, branch_timeline, at_lsn, port)
+        compute = plane.create(
+            tenant_id, node, branch_timeline, at_lsn, port, hot_standby=hot_standby
+        )
     with progress(f"starting postgres {node}"):
         compute.start(say)
 
@@ -151,6 +166,9 @@ def pg_list(ctx: CliContext, tenant_id: TenantId | None) -> None:
     \b
     running   takes connections      starting, stopping   on its way
     stopped   start it again         crashed              start it again: no commit is lost
+
+    A node that follows its branch shows as (hot standby) behind that.
+    Why a node has crashed is told on the standard error.
     """
     tenant_id = ctx.tenant(tenant_id)
     lsns = _last_record_lsns(ctx.env, tenant_id)
@@ -159,7 +177,18 @@ def pg_list(ctx: CliContext, tenant_id: TenantId | None) -> None:
         branch = ctx.env.branch_name(tenant_id, node.timeline_id) or "?"
         lsn = lsns.get(str(node.timeline_id), "?")
         address = f"127.0.0.1:{node.port}"
-        say(f"{node.name}\t{address}\t{node.timeline_id}\t{branch}\t{lsn}\t\t{node.status()}")
+        status = node.status() + (" (hot standby)" if node.hot_standby else "")
+        say(f"{node.name}\t{address}\t{node.timeline_id}\t{branch}\t{lsn}\t\t{status}")
+        reason = node.why_crashed()
+        if reason:
+            click.echo(f"{node.name}: {reason.splitlines()[0]}", err=True)
+
+
+def _refuse_standby_at_lsn(hot_standby: bool, lsn: str | None, at: datetime | None) -> None:
+    if hot_standby and (lsn is not None or at is not None):
+        raise click.UsageError(
+            "--hot-standby follows the branch, --lsn and --at stay at one state: choose one"
+        )
 
 
 def _report(error: ControlPlaneError) -> None:

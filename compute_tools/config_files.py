@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from compute_tools import postgres_conf
@@ -30,8 +30,10 @@ class ConfigFiles:
         self._generated = generated
         self._stamps: dict[Path, _Stamp] = {}
 
-    def generate(self) -> dict[str, str]:
-        """Write the file Postgres reads; returns the settings, ALTER SYSTEM's included.
+    def generate(self, own: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Write the file Postgres reads; returns the user's settings, ALTER SYSTEM's included.
+
+        `own` settings of ours stand last in it.
 
         The file is replaced in one step: Postgres may be told to read it at any time. Raises
         OSError.
@@ -40,7 +42,7 @@ class ConfigFiles:
         with _as_postgres_user():
             lines = self._read(self._pgdata / "postgresql.conf") or []
             automatic = self._read(self._pgdata / "postgresql.auto.conf") or []
-        _replace(self._generated, postgres_conf.generate(lines))
+        _replace(self._generated, postgres_conf.generate(lines, own))
         return postgres_conf.parse([*lines, *automatic])
 
     def changed(self) -> bool:

@@ -21,6 +21,8 @@ from pathlib import Path
 
 from compute_tools import state
 from compute_tools.lazy_map import create_lazy_files
+from compute_tools.standby_datadir import begin_replay
+from compute_tools.standby_start import StandbyStart
 from zenith_utils.os_user import give, postgres_user
 
 MANIFEST = "zenith.manifest"
@@ -82,10 +84,18 @@ class Prepared:
     relation_files: int
 
 
-def prepare(basebackup: bytes, old: Path, state_dir: Path, *, standby: bool) -> Prepared:
+def prepare(
+    basebackup: bytes,
+    old: Path,
+    state_dir: Path,
+    *,
+    standby: bool,
+    replay: StandbyStart | None = None,
+) -> Prepared:
     """Make a data directory from a base backup, with the files to keep from `old`.
 
-    The directory and the block map are made in `state_dir`; swap_in() puts them in place. Nothing
+    The server on it is a `standby` that stays where it is, or one that begins to `replay`. The
+    directory and the block map are made in `state_dir`; swap_in() puts them in place. Nothing
     is left of them on a failure. Raises DatadirError, LazyMapError and OSError.
     """
     new, map_path = state_dir / _NEW, state_dir / _NEW_MAP
@@ -97,6 +107,8 @@ def prepare(basebackup: bytes, old: Path, state_dir: Path, *, standby: bool) -> 
         if MANIFEST not in special or STARTUP_BLOCKS not in special:
             raise DatadirError("extracting base backup failed: it holds no relation manifest")
         _keep(old, new)
+        if replay is not None:
+            begin_replay(new, replay)
         if standby:
             (new / "standby.signal").touch(mode=0o600)
         give(new, recursive=True)

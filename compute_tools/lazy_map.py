@@ -140,10 +140,12 @@ def lazyfiles_environment(
     tenant_id: TenantId,
     timeline_id: TimelineId,
     auth_token: str | None = None,
+    extension_dir: Path | None = None,
 ) -> dict[str, str]:
     """Environment variables that make a Postgres server use the map file.
 
-    `module` is the built lazyfiles library, `pageserver` the (host, port) of the page service.
+    `module` is the built lazyfiles library, `pageserver` the (host, port) of the page service,
+    `extension_dir` holds the built zenith library and the files of its extension.
     """
     host, port = pageserver
     environment = {
@@ -155,6 +157,8 @@ def lazyfiles_environment(
     }
     if auth_token is not None:
         environment["ZENITH_AUTH_TOKEN"] = auth_token
+    if extension_dir is not None:
+        environment["ZENITH_LAZYFILES_EXTENSION"] = str(extension_dir.absolute())
     return environment
 
 

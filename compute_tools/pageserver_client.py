@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from compute_tools.spec import ComputeSpec, address_text
-from zenith_utils.lsn import Lsn
+from zenith_utils.lsn import Lsn, LsnParseError
 from zenith_utils.pq_client import PqError, connect
+from zenith_utils.zenith_feedback import ZenithFeedback, postgres_timestamp
 
 LEASE_TTL = 60.0
 HTTP_TIMEOUT = 10.0
@@ -42,6 +43,38 @@ class PageserverClient:
         detail = self._http("GET", "")
         try:
             return Lsn.parse(detail["local"]["last_record_lsn"])
+        except (KeyError, TypeError) as e:
+            raise PageserverError(
+                f"the pageserver does not have timeline {self._spec.timeline_id}"
+            ) from e
+
+    def feedback(self) -> ZenithFeedback:
+        """What the pageserver has of the timeline, as it reports to a WAL sender that can take it.
+
+        Its LSNs are not above what its size is of.
+        """
+        detail = self._http("GET", "")
+        try:
+            local, remote = detail["local"], detail["remote"]
+            uploaded = None if remote is None else remote["remote_consistent_lsn"]
+            return ZenithFeedback(
+                current_timeline_size=local["current_logical_size"],
+                ps_writelsn=Lsn.parse(local["last_record_lsn"]),
+                ps_flushlsn=Lsn.parse(local["disk_consistent_lsn"]),
+                ps_applylsn=0 if uploaded is None else Lsn.parse(uploaded),
+                ps_replytime=postgres_timestamp(),
+            )
+        except (KeyError, TypeError, LsnParseError) as e:
+            raise PageserverError(f"the pageserver describes the timeline as {detail!r}") from e
+
+    def positions(self) -> tuple[Lsn, Lsn]:
+        """Where the timeline's own WAL begins, and the end of the last record there is of it."""
+        detail = self._http("GET", "")
+        try:
+            local = detail["local"]
+            branched = local["ancestor_timeline_id"] is not None
+            begin = local["ancestor_lsn"] if branched else local["initdb_lsn"]
+            return Lsn.parse(begin), Lsn.parse(local["last_record_lsn"])
         except (KeyError, TypeError) as e:
             raise PageserverError(
                 f"the pageserver does not have timeline {self._spec.timeline_id}"

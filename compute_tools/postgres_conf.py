@@ -24,6 +24,13 @@ TWINS = {
     "recovery_target_lsn": "zenith.recovery_target_lsn",
 }
 
+# How far the pageserver may lag behind; the walproposer acts on them.
+LAG_LIMITS = (
+    "max_replication_write_lag",
+    "max_replication_flush_lag",
+    "max_replication_apply_lag",
+)
+
 DEFAULTS = {
     "listen_addresses": "'127.0.0.1'",
     "unix_socket_directories": "''",
@@ -64,8 +71,10 @@ _LINE = re.compile(
 )
 _ESCAPE = re.compile(r"''|\\([0-7]{1,3}|.)", re.DOTALL)
 _ESCAPED = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
-_SIZE = re.compile(r"\s*([0-9]+)\s*(B|kB|MB|GB|TB)?\s*")
-_UNITS = {"B": 1, "kB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30, "TB": 1 << 40}
+# parse_int() of guc.c: a number and perhaps a unit.
+_SIZE = re.compile(r"\s*([-+]?[0-9.][0-9a-fA-FxX.]*(?:[eE][-+]?[0-9]+)?)\s*(B|kB|MB|GB|TB)?\s*")
+_UNITS = {"B": 2.0**-20, "kB": 2.0**-10, "MB": 1.0, "GB": 2.0**10, "TB": 2.0**20}
+_INT_MAX = (1 << 31) - 1
 _INCLUDES = frozenset({"include", "include_if_exists", "include_dir"})
 _EVERY_ADDRESS = frozenset({"*", "0.0.0.0", "localhost", "127.0.0.1"})
 # The wal_keep_size of a new node, which a patched server lives well with. With safekeepers the
@@ -88,7 +97,9 @@ class Node:
 
     `standby_name` is whom commits wait for, None on a read-only node. `tracked` are the limits
     (TRACKED_LIMITS) that the WAL up to here was written with, `prepared` counts the prepared
-    transactions, `library` is the preload library.
+    transactions, `library` is the preload library, `feedback_file` is where it finds what the
+    pageserver reports. A `hot_standby` follows the timeline; where its WAL comes from is in the
+    settings file, as it changes.
     """
 
     pgdata: Path
@@ -98,6 +109,8 @@ class Node:
     tracked: Mapping[str, int]
     prepared: int
     library: Path
+    feedback_file: Path
+    hot_standby: bool = False
 
 
 def parse_line(line: str) -> tuple[str, str] | None:
@@ -121,12 +134,20 @@ def translate_line(line: str) -> str:
     return line[: match.start("name")] + twin + line[match.end("name") :]
 
 
-def generate(user_lines: Iterable[str]) -> str:
-    """The file Postgres reads, from the lines of the user's postgresql.conf."""
+def generate(user_lines: Iterable[str], own: Mapping[str, str] | None = None) -> str:
+    """The file Postgres reads, from the lines of the user's postgresql.conf.
+
+    `own` settings of ours win over the user's.
+    """
     lines = ["# Generated at start from the node's postgresql.conf: edit that file instead."]
     lines += [f"{name} = {value}" for name, value in DEFAULTS.items()]
     lines += ["", "# From postgresql.conf"]
     lines += [translate_line(line) for line in user_lines]
+    if own:
+        lines += ["", "# From the supervisor"]
+        lines += [
+            f"{name} = '{value.replace(chr(39), 2 * chr(39))}'" for name, value in own.items()
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -163,6 +184,7 @@ def command_line(settings: Mapping[str, str], node: Node) -> dict[str, str]:
             settings.get("shared_preload_libraries", ""), str(node.library)
         ),
         "data_sync_retry": "off",
+        "zenith.feedback_file": str(node.feedback_file),
     }
     addresses = settings.get("listen_addresses")
     if addresses is not None:
@@ -171,8 +193,11 @@ def command_line(settings: Mapping[str, str], node: Node) -> dict[str, str]:
         forced["zenith.read_only_node"] = "on"
         forced["synchronous_standby_names"] = ""
         forced["hot_standby"] = "on"
-        # It stands at its LSN: no WAL is to be got from anywhere.
-        forced["primary_conninfo"] = forced["restore_command"] = ""
+        # WAL comes from the safekeepers alone; where the node stands at its LSN, from nowhere.
+        if not node.hot_standby:
+            forced["primary_conninfo"] = ""
+        forced["primary_slot_name"] = forced["restore_command"] = ""
+        forced["wal_receiver_create_temp_slot"] = "off"
     else:
         forced["synchronous_standby_names"] = node.standby_name
         if node.safekeepers and settings.get("wal_keep_size") == _KEEP_FOR_EVER:
@@ -180,10 +205,27 @@ def command_line(settings: Mapping[str, str], node: Node) -> dict[str, str]:
     return forced | _limits(settings, node)
 
 
-def size_limit(settings: Mapping[str, str], name: str) -> int:
-    """A size whose unit is MB unless it says otherwise, in bytes; 0 means no limit."""
-    match = _SIZE.fullmatch(settings.get(name, ""))
-    return 0 if match is None else int(match[1]) * _UNITS[match[2] or "MB"]
+def limits_in_use(settings: Mapping[str, str], forced: Mapping[str, str]) -> dict[str, int]:
+    """The values of TRACKED_LIMITS that a server runs with; `forced` is its command line."""
+    return {
+        name: _integer(forced.get(name, settings.get(name)), _POSTGRES_DEFAULTS[name])
+        for name in TRACKED_LIMITS
+    }
+
+
+def size_limit(settings: Mapping[str, str], name: str) -> int | None:
+    """A limit in whole MB, as Postgres understands the setting, in bytes; 0 means no limit.
+
+    None if Postgres refuses the value: it goes on with the one before.
+    """
+    match = _SIZE.fullmatch(settings.get(name, "-1"))
+    try:
+        megabytes = None if match is None else round(_number(match[1]) * _UNITS[match[2] or "MB"])
+    except (ValueError, OverflowError):
+        return None
+    if megabytes is None or not -1 <= megabytes <= _INT_MAX:
+        return None
+    return max(megabytes, 0) << 20
 
 
 def _limits(settings: Mapping[str, str], node: Node) -> dict[str, str]:
@@ -240,10 +282,15 @@ def _integer(text: str | None, default: int) -> int:
     """An integer setting as Postgres reads it: decimal, octal, hexadecimal or rounded."""
     if text is None:
         return default
-    text = text.strip()
     try:
-        if text.startswith("0") and text.isdecimal():
-            return int(text, 8)
-        return int(text, 16) if text.lower().startswith("0x") else round(float(text))
+        return round(_number(text.strip()))
     except (ValueError, OverflowError):
         return default
+
+
+def _number(text: str) -> float:
+    """A number as strtol(3) with any base or strtod(3) reads it; raises ValueError."""
+    digits = text.lstrip("+-").lower()
+    if digits.startswith("0") and digits.isdecimal():
+        return int(text, 8)
+    return int(text, 16) if digits.startswith("0x") else float(text)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 from zenith_utils.os_user import popen_kwargs, postgres_user
@@ -110,6 +111,17 @@ class PostgresProcess:
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(number)
 
+    def note(self, text: str) -> None:
+        """Say in pg.log, as Postgres would, why it is about to be ended."""
+        now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
+        line = f"{now} UTC [{os.getpid()}] FATAL:  {text}\n"
+        with contextlib.suppress(OSError):
+            log = _open_log(self._pgdata / "pg.log")
+            try:
+                os.write(log, line.encode())
+            finally:
+                os.close(log)
+
     def wait(self, timeout: float) -> bool:
         """Whether the postmaster ended within `timeout` seconds."""
         try:
@@ -131,7 +143,9 @@ class PostgresProcess:
             for pid in remaining:
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
-            reap_strangers(spare)
+                # By its id: one of the spared, dead and not waited for, would be in the way.
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, os.WNOHANG)
             time.sleep(_POLL)
         _remove_shared_memory(self._pgdata)
 

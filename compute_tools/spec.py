@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from compute_tools.safekeeper_membership import NOT_KNOWN, SafekeeperMembership
 from zenith_utils.ids import TenantId, TimelineId
 from zenith_utils.lsn import Lsn
 
@@ -20,7 +21,9 @@ class ComputeSpec:
 
     `pgdata` is Postgres' data directory and holds the user's postgresql.conf; `state_dir` is the
     supervisor's own (block map, generated settings, pid file). `lsn` makes the node read-only at
-    exactly that LSN. With `safekeepers` empty the pageserver itself acknowledges commits.
+    exactly that LSN; `hot_standby` makes it a read-only one that follows the timeline. With
+    `safekeepers` empty the pageserver itself acknowledges commits; `membership`, if it has members,
+    says more about each of them.
     """
 
     tenant_id: TenantId
@@ -32,14 +35,21 @@ class ComputeSpec:
     pageserver_http: tuple[str, int]
     port: int
     safekeepers: tuple[tuple[str, int], ...] = ()
+    membership: SafekeeperMembership = NOT_KNOWN
     lsn: Lsn | None = None
+    hot_standby: bool = False
     superuser: str = "zenith_admin"
     stop_timeout: float = 20.0
 
     @property
     def read_only(self) -> bool:
-        """Whether the node stands at a fixed LSN."""
-        return self.lsn is not None
+        """Whether the node writes no WAL: it stands at an LSN, or follows others' WAL."""
+        return self.lsn is not None or self.hot_standby
+
+    @property
+    def feedback_file(self) -> Path:
+        """Where the server's processes find what the pageserver reports."""
+        return self.state_dir / "pageserver.feedback"
 
     @property
     def pageserver_connstr(self) -> str:
@@ -58,7 +68,9 @@ class ComputeSpec:
             "pageserver_http": self.pageserver_http,
             "port": self.port,
             "safekeepers": self.safekeepers,
+            "membership": self.membership.to_json(),
             "lsn": None if self.lsn is None else str(self.lsn),
+            "hot_standby": self.hot_standby,
             "superuser": self.superuser,
             "stop_timeout": self.stop_timeout,
         }
@@ -79,7 +91,9 @@ class ComputeSpec:
                 pageserver_http=_address(fields["pageserver_http"]),
                 port=int(fields["port"]),
                 safekeepers=tuple(_address(a) for a in fields["safekeepers"]),
+                membership=SafekeeperMembership.from_json(fields["membership"]),
                 lsn=None if fields["lsn"] is None else Lsn.parse(fields["lsn"]),
+                hot_standby=bool(fields.get("hot_standby", False)),
                 superuser=fields["superuser"],
                 stop_timeout=float(fields["stop_timeout"]),
             )

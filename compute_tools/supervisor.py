@@ -1,7 +1,8 @@
 """The life of one compute: choose its LSN, make its directory, run Postgres, end it cleanly.
 
 The supervisor is Postgres' parent and keeps beside it the walproposer (with safekeepers) and the
-lease on its base LSN. Whatever ends first ends all: a compute is disposable, storage is not.
+lease on its base LSN. A walproposer that dies is replaced. Else whatever ends first ends all: a
+compute is disposable, storage is not.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 
-from compute_tools import datadir, postgres_conf, state
+from compute_tools import datadir, feedback_file, postgres_conf, state
 from compute_tools.config_files import ConfigFiles, DirectoryWatch
+from compute_tools.feedback_file import FeedbackFile
 from compute_tools.lazy_map import LazyMapError, lazyfiles_environment
 from compute_tools.pageserver_client import LEASE_TTL, Lease, PageserverClient, PageserverError
 from compute_tools.periodic import Periodic
@@ -30,10 +32,13 @@ from compute_tools.postgres_process import (
     end_leftovers,
     reap_strangers,
 )
-from compute_tools.proposer_process import ProposerError, ProposerProcess
+from compute_tools.proposer_keeper import ProposerKeeper
+from compute_tools.proposer_process import ProposerError
 from compute_tools.spec import ComputeSpec
+from compute_tools.standby_feed import CHECK_INTERVAL, StandbyFeed
+from compute_tools.standby_start import StandbyStartError, find_standby_start
 from pgxn.build import ModuleBuildError, PgModules, build_modules
-from postgres_ffi.control_file import parse_control_file
+from postgres_ffi.control_file import ControlFileError, parse_control_file
 from postgres_ffi.distrib import DistribError, find_distrib
 from zenith_utils.lsn import Lsn
 from zenith_utils.os_user import OsUserError
@@ -44,6 +49,8 @@ log = logging.getLogger(__name__)
 _IMMEDIATE_TIMEOUT = 5.0
 _THREAD_TIMEOUT = 2.0
 _TICK = 1.0
+# How long a clean stop waits for a walproposer that is being replaced.
+_TAKEOVER_TIMEOUT = 5.0
 
 Progress = Callable[[str], None]
 
@@ -57,6 +64,7 @@ _START_ERRORS = (
     PageserverError,
     PostgresError,
     ProposerError,
+    StandbyStartError,
     datadir.DatadirError,
 )
 
@@ -80,7 +88,7 @@ class _StopRequested(Exception):
 class _Parts:
     """What runs, in the order it was started."""
 
-    proposer: ProposerProcess | None = None
+    proposer: ProposerKeeper | None = None
     lease: Lease | None = None
     renewal: Periodic | None = None
     postgres: PostgresProcess | None = None
@@ -96,11 +104,15 @@ class Supervisor:
         self._config = ConfigFiles(spec.pgdata, spec.state_dir / "postgresql.conf")
         self._watch = DirectoryWatch()
         self._parts = _Parts()
+        self._lag_limits = dict.fromkeys(postgres_conf.LAG_LIMITS, 0)
+        self._limits: dict[str, int] = {}
+        self._feed = StandbyFeed(spec, self._ask_for_reload) if spec.hot_standby else None
         self._stop: StopMode | None = None
+        self._stop_asked_at = 0.0
         self._reload = False
         self._may_interrupt = False
-        self._wakeup, wakeup_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.set_wakeup_fd(wakeup_write, warn_on_full_buffer=False)
+        self._wakeup, self._wakeup_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(self._wakeup_write, warn_on_full_buffer=False)
         for number, mode in (
             (signal.SIGTERM, StopMode.FAST),
             (signal.SIGINT, StopMode.FAST),
@@ -143,6 +155,8 @@ class Supervisor:
             log.info("compute stopped%s", f": {trouble}" if trouble else "")
             return 0
         log.error("compute ends: %s", reason)
+        if self._parts.postgres is not None and self._parts.postgres.poll() is None:
+            self._parts.postgres.note(reason)
         state.write(state_dir, state.Phase.CRASHED, reason)
         self._stop_all(StopMode.IMMEDIATE)
         return 1
@@ -151,9 +165,10 @@ class Supervisor:
 
     def _start(self, progress: Progress) -> None:
         spec, parts = self._spec, self._parts
+        feedback_file.create(spec.feedback_file)
         if spec.safekeepers and not spec.read_only:
             # First of all: its election goes on while we look for our own things.
-            parts.proposer = ProposerProcess.start(spec)
+            parts.proposer = ProposerKeeper(spec, self._wake)
         with self._interruptible():
             state.remove_temp_files(spec.state_dir)
             check_reachable(spec.state_dir)
@@ -161,7 +176,8 @@ class Supervisor:
             datadir.recover_swap(spec.pgdata, spec.state_dir)
             distrib = find_distrib(spec.distrib_dir)
             modules = build_modules(distrib)
-            base_lsn = self._choose_lsn(progress)
+            replay = find_standby_start(spec, distrib.version) if spec.hot_standby else None
+            base_lsn = self._choose_lsn(progress) if replay is None else replay.lsn
             progress(
                 "Extracting base backup to create postgres instance: "
                 f"path={spec.pgdata} port={spec.port}"
@@ -175,7 +191,9 @@ class Supervisor:
         )
         parts.renewal.start()
         with self._interruptible():
-            prepared = datadir.prepare(backup, spec.pgdata, spec.state_dir, standby=spec.read_only)
+            prepared = datadir.prepare(
+                backup, spec.pgdata, spec.state_dir, standby=spec.read_only, replay=replay
+            )
             del backup
             datadir.swap_in(prepared, spec.pgdata, spec.state_dir)
             progress(
@@ -192,13 +210,26 @@ class Supervisor:
             if parts.proposer is not None:
                 self._set_limits(settings)
                 # The first record of this life of the server lies at the base LSN.
-                parts.proposer.begin(base_lsn, spec.port, spec.superuser)
+                parts.proposer.begin(base_lsn)
             elif not spec.read_only:
                 self._pageserver.callmemaybe()
         if parts.proposer is None and not spec.read_only:
             # A pageserver that was restarted does not know of us until it is called.
-            parts.calls = Periodic("calling the pageserver", _TICK, self._pageserver.callmemaybe)
+            # And it cannot tell us by the replication protocol all that it reports to safekeepers.
+            parts.calls = Periodic(
+                "calling the pageserver",
+                _TICK,
+                partial(self._call_pageserver, FeedbackFile(spec.feedback_file)),
+            )
             parts.calls.start()
+
+        if self._feed is not None:
+            parts.calls = Periodic("asking the safekeepers", CHECK_INTERVAL, self._feed.check)
+            parts.calls.start()
+
+    def _call_pageserver(self, file: FeedbackFile) -> None:
+        self._pageserver.callmemaybe()
+        file.write(self._pageserver.feedback(), feedback_file.NO_LIMIT)
 
     @contextlib.contextmanager
     def _interruptible(self) -> Iterator[None]:
@@ -223,13 +254,32 @@ class Supervisor:
             return self._pageserver.last_record_lsn()
         synced = proposer.wait_elected()
         if synced is None:
-            # Nothing was ever written: the timeline's own LSN is where its WAL begins.
-            return self._pageserver.last_record_lsn()
+            return self._bootstrap_lsn()
         progress(f"Safekeepers synced on {synced}")
         return synced
 
+    def _bootstrap_lsn(self) -> Lsn:
+        """No safekeeper ever had WAL: the timeline's own LSN is where its WAL begins.
+
+        Unless there is some in the pageserver: then they have lost theirs, and beginning again at
+        what the pageserver happens to have could drop what was acknowledged. Raises ProposerError.
+        """
+        begin, end = self._pageserver.positions()
+        if end > begin:
+            raise ProposerError(
+                f"the safekeepers have no WAL of timeline {self._spec.timeline_id}, but the "
+                f"pageserver has it up to {end}, from {begin} on: they have lost it, or are not "
+                "those that it was written with. Start the right ones, or restore their disks. If "
+                "what the pageserver has is all there is (also if there were no safekeepers "
+                "before), go on from there on a new branch:\n"
+                f"    zenith timeline branch --branch-name NEW --ancestor-branch-name OLD\n"
+                "    zenith pg start NODE --branch-name NEW"
+            )
+        return end
+
     def _generate_config(self) -> dict[str, str]:
-        settings = self._config.generate()
+        own = {} if self._feed is None else {"primary_conninfo": self._feed.conninfo()}
+        settings = self._config.generate(own)
         self._watch.watch(self._config.directories())
         return settings
 
@@ -248,9 +298,13 @@ class Supervisor:
             },
             prepared=len(list((spec.pgdata / "pg_twophase").iterdir())),
             library=modules.zenith,
+            feedback_file=spec.feedback_file,
+            hot_standby=spec.hot_standby,
         )
         arguments = ["-c", f"config_file={spec.state_dir / 'postgresql.conf'}"]
-        for name, value in postgres_conf.command_line(settings, node).items():
+        forced = postgres_conf.command_line(settings, node)
+        self._limits = postgres_conf.limits_in_use(settings, forced)
+        for name, value in forced.items():
             arguments += ["-c", f"{name}={value}"]
         return arguments
 
@@ -264,56 +318,99 @@ class Supervisor:
                 pageserver=spec.pageserver_pg,
                 tenant_id=spec.tenant_id,
                 timeline_id=spec.timeline_id,
+                extension_dir=modules.zenith.parent,
             ),
         }
 
     def _set_limits(self, settings: dict[str, str]) -> None:
+        """Tell the walproposer the limits; a value that Postgres refuses changes nothing."""
         assert self._parts.proposer is not None
-        self._parts.proposer.set_limits(
-            postgres_conf.size_limit(settings, "max_replication_write_lag"),
-            postgres_conf.size_limit(settings, "max_replication_flush_lag"),
-        )
+        for name in self._lag_limits:
+            limit = postgres_conf.size_limit(settings, name)
+            if limit is not None:
+                self._lag_limits[name] = limit
+        self._parts.proposer.set_limits(*self._lag_limits.values())
 
     # While it runs
 
     def _wait_for_end(self) -> str | None:
         """Wait until a stop is asked for (None) or something ends by itself (the reason)."""
-        while self._stop is None:
+        while not self._is_to_stop():
             ended = self._what_ended()
             if ended is not None:
                 return ended
             reap_strangers(self._own_children())
             if self._reload or self._config.changed():
                 self._follow_config()
-            select.select([self._wakeup, *self._watch.filenos()], [], [], _TICK)
+            select.select([self._wakeup, *self._watch.filenos()], [], [], self._longest_wait())
             self._drain_wakeup()
             self._watch.drain()
         return None
 
+    def _is_to_stop(self) -> bool:
+        """Whether a stop was asked for and can begin.
+
+        A clean one waits a while for a walproposer that is being replaced: none could connect to
+        a server that shuts down, and its last WAL would stay here.
+        """
+        proposer = self._parts.proposer
+        if self._stop is not StopMode.FAST or proposer is None or proposer.streaming:
+            return self._stop is not None
+        return time.monotonic() >= self._stop_asked_at + _TAKEOVER_TIMEOUT
+
+    def _longest_wait(self) -> float:
+        proposer = self._parts.proposer
+        if proposer is None:
+            return _TICK
+        return min(_TICK, max(0.0, proposer.next_check - time.monotonic()))
+
     def _follow_config(self) -> None:
         """Postgres' reload reads the generated file, so it follows the user's at once."""
+        # Before the file is written: what is asked for from now on comes with the next one.
+        reload, self._reload = self._reload, False
         try:
             settings = self._generate_config()
             if self._parts.proposer is not None:
                 self._set_limits(settings)
         except (OSError, ProposerError) as e:
             log.error("cannot follow the change of the configuration: %s", e)
-        if self._reload and self._parts.postgres is not None:
-            self._reload = False
+        if reload and self._parts.postgres is not None:
             self._parts.postgres.signal(signal.SIGHUP)
 
     def _what_ended(self) -> str | None:
         postgres, proposer = self._parts.postgres, self._parts.proposer
         assert postgres is not None
         status = postgres.poll()
+        if status is None and proposer is not None and proposer.followed_postgres:
+            # It has seen the end of Postgres before there is one for us: that is the reason.
+            postgres.wait(_TICK)
+            status = postgres.poll()
         if status is not None:
             return f"Postgres ended unexpectedly with status {status}:\n{postgres.log_tail()}"
         if proposer is not None:
-            ended = proposer.why_ended()
+            ended = proposer.check()
             if ended is not None:
                 return ended
         if self._spec.read_only and not (self._spec.pgdata / "standby.signal").exists():
             return "the read-only node was promoted: it would diverge from its timeline"
+        return self._why_standby_waits() if self._spec.hot_standby else None
+
+    def _why_standby_waits(self) -> str | None:
+        """Replay waits for ever where the primary's settings allow more than the standby's.
+
+        pg_control has the primary's as of the last record replayed.
+        """
+        try:
+            data = (self._spec.pgdata / "global/pg_control").read_bytes()
+            control = parse_control_file(data)
+        except ControlFileError:
+            return None  # read while it was written
+        for name, field in postgres_conf.TRACKED_LIMITS.items():
+            if control.field(field) > self._limits[name]:
+                return (
+                    f"the read-write node now has {name} = {control.field(field)}, this hot "
+                    f"standby {self._limits[name]}: start it again, it takes the setting over"
+                )
         return None
 
     def _own_children(self) -> set[int]:
@@ -322,6 +419,8 @@ class Supervisor:
 
     def _on_stop_signal(self, mode: StopMode, _number: int, _frame: object) -> None:
         # A second, stronger request wins over the first.
+        if self._stop is None:
+            self._stop_asked_at = time.monotonic()
         if self._stop is not StopMode.IMMEDIATE:
             self._stop = mode
         if self._may_interrupt:
@@ -329,7 +428,16 @@ class Supervisor:
             raise _StopRequested
 
     def _on_reload_signal(self, _number: int, _frame: object) -> None:
+        self._ask_for_reload()
+
+    def _ask_for_reload(self) -> None:
+        """Have the configuration written again and Postgres read it, within a second."""
         self._reload = True
+
+    def _wake(self) -> None:
+        """Have the main thread look around. From any thread."""
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._wakeup_write, b"\0")
 
     def _drain_wakeup(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -344,6 +452,10 @@ class Supervisor:
         trouble = ""
         if parts.calls is not None:
             parts.calls.stop(_THREAD_TIMEOUT)
+        if parts.proposer is not None and mode is StopMode.FAST:
+            # A walsender does not end before all it has sent is acknowledged.
+            with contextlib.suppress(ProposerError):
+                parts.proposer.set_limits(0, 0, 0)
         if parts.postgres is not None:
             trouble = self._stop_postgres(parts.postgres, mode)
             spare = [] if parts.proposer is None else [parts.proposer.pid]

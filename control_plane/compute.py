@@ -16,7 +16,9 @@ from pathlib import Path
 
 from compute_tools import datadir, postgres_conf, state
 from compute_tools.postgres_process import PostgresError, end_leftovers
+from compute_tools.safekeeper_membership import NOT_KNOWN
 from compute_tools.spec import ComputeSpec, SpecError, address_text
+from control_plane import membership, node_safekeepers
 from control_plane.addresses import parse_address
 from control_plane.environment import daemon_environment
 from control_plane.errors import ControlPlaneError
@@ -38,13 +40,23 @@ STOP_TIMEOUT = 20.0
 _STOP_GRACE = 45.0
 _SAFEKEEPER_PORT = 5454
 _POLL = 0.01
+# Of a new hot standby. The primary keeps what its queries need; the loss of a safekeeper is noticed
+# soon, and the next one asked at once.
+_STANDBY_SETTINGS = {
+    "hot_standby_feedback": "on",
+    "wal_receiver_status_interval": "1s",
+    "wal_receiver_timeout": "10s",
+    "wal_retrieve_retry_interval": "200ms",
+}
 _NODE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 _PLAIN_VALUE = re.compile(r"\d+(?:B|kB|MB|GB|TB|us|ms|s|min|h|d)?|[A-Za-z_]\w*", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """A node that has been created; `lsn` is set on a read-only one.
+    """A node that has been created; `lsn` is set on one that stays at it, read-only.
+
+    `hot_standby` is set on a read-only one that follows its branch.
 
     `safekeepers` are the addresses in its wal_acceptors setting.
     """
@@ -56,6 +68,7 @@ class Compute:
     port: int
     lsn: Lsn | None
     safekeepers: tuple[tuple[str, int], ...]
+    hot_standby: bool = False
     stop_timeout: float = STOP_TIMEOUT
 
     @property
@@ -74,6 +87,11 @@ class Compute:
         if said.phase is state.Phase.RUNNING and not _accepts(self.port):
             return "crashed"
         return str(said.phase)
+
+    def why_crashed(self) -> str:
+        """What a supervisor has left as the reason of a crash, empty if there was none."""
+        said = state.read(self.state_dir)
+        return said.reason if said.phase is state.Phase.CRASHED else ""
 
     def start(self, say: Say) -> None:
         """Start the node on the newest state of its timeline; raises ControlPlaneError.
@@ -163,6 +181,13 @@ class Compute:
         )
 
     def _spec(self) -> ComputeSpec:
+        env, safekeepers = self.env, self.safekeepers
+        own = node_safekeepers.were_own(env, safekeepers)
+        if own:
+            safekeepers = node_safekeepers.own_addresses(env)
+            # A change of the configuration may have been broken off before it came here.
+            if not node_safekeepers.are_own(env, self.safekeepers):
+                node_safekeepers.follow(self.pgdata, safekeepers)
         return ComputeSpec(
             tenant_id=self.tenant_id,
             timeline_id=self.timeline_id,
@@ -172,8 +197,10 @@ class Compute:
             pageserver_pg=parse_address(self.env.pageserver.listen_pg_addr),
             pageserver_http=parse_address(self.env.pageserver.listen_http_addr),
             port=self.port,
-            safekeepers=self.safekeepers,
+            safekeepers=safekeepers,
+            membership=membership.membership(self.env) if own else NOT_KNOWN,
             lsn=self.lsn,
+            hot_standby=self.hot_standby,
             superuser=SUPERUSER,
             stop_timeout=self.stop_timeout,
         )
@@ -233,6 +260,26 @@ class ComputeControlPlane:
                 on_broken(e)
         return found
 
+    def follow_safekeepers(self, before: node_safekeepers.Addresses) -> list[str]:
+        """Give the environment's safekeepers to all nodes that have those of before.
+
+        Returns the names of the nodes among them that run, and go on as they are until they are
+        started anew. Nodes whose settings cannot be read are left out.
+        """
+        addresses = node_safekeepers.own_addresses(self._env)
+        running = []
+        for directory in sorted((self._env.repo_dir / "pgdatadirs" / "tenants").glob("*")):
+            try:
+                nodes = self.nodes(TenantId.parse(directory.name), lambda _: None)
+            except IdParseError:
+                continue
+            for node in nodes:
+                if sorted(node.safekeepers) == sorted(before) and before:
+                    node_safekeepers.follow(node.pgdata, addresses)
+                    if state.read(node.state_dir).supervisor_pid is not None:
+                        running.append(node.name)
+        return running
+
     def living(self) -> list[tuple[str, Path]]:
         """Name and state directory of each node of any tenant that has a supervisor."""
         directories = sorted((self._env.repo_dir / "computes").glob("*/*"))
@@ -256,11 +303,17 @@ class ComputeControlPlane:
         timeline_id: TimelineId,
         lsn: Lsn | None,
         port: int | None,
+        *,
+        hot_standby: bool = False,
     ) -> Compute:
         """Create a node: a directory with its postgresql.conf. Raises ControlPlaneError.
 
         Commands at once do not get the same port, nor the same name.
         """
+        if hot_standby and not self._env.safekeepers:
+            raise ControlPlaneError(
+                "a hot standby gets its WAL from safekeepers, and this environment has none"
+            )
         with self._env.locked():
             if self.get(tenant_id, name) is not None:
                 raise ControlPlaneError(f"postgres {name} already exists")
@@ -271,7 +324,8 @@ class ComputeControlPlane:
                 timeline_id=timeline_id,
                 port=self._free_port() if port is None else port,
                 lsn=lsn,
-                safekeepers=tuple(("localhost", s.pg_port) for s in self._env.safekeepers),
+                safekeepers=node_safekeepers.own_addresses(self._env),
+                hot_standby=hot_standby,
             )
             _make_directory(compute.pgdata.parent)
             compute.pgdata.mkdir(mode=0o700, exist_ok=True)
@@ -317,6 +371,7 @@ class ComputeControlPlane:
                 port=int(settings["port"]),
                 lsn=None if lsn is None else Lsn.parse(lsn),
                 safekeepers=_safekeepers(settings),
+                hot_standby=settings.get("zenith.hot_standby") == "on",
                 stop_timeout=parse_duration(settings.get("zenith.stop_timeout", "20s")),
             )
         except (OSError, KeyError, ValueError, ControlPlaneError) as e:
@@ -346,11 +401,14 @@ def postgresql_conf(compute: Compute) -> str:
     }
     if compute.lsn is not None:
         settings["recovery_target_lsn"] = compute.lsn
+    if compute.hot_standby:
+        settings["zenith.hot_standby"] = "on"
+        settings |= _STANDBY_SETTINGS
     settings["max_replication_write_lag"] = "500MB"
     settings["max_replication_flush_lag"] = "10GB"
     if compute.safekeepers:
         settings["synchronous_standby_names"] = "walproposer"
-        settings["wal_acceptors"] = ",".join(address_text(*a) for a in compute.safekeepers)
+        settings["wal_acceptors"] = node_safekeepers.setting(compute.safekeepers)
     else:
         settings["synchronous_commit"] = "remote_write"
         settings["synchronous_standby_names"] = "pageserver"

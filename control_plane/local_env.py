@@ -45,13 +45,15 @@ class PageserverConf:
 class SafekeeperConf:
     """Where one safekeeper listens; `sync` false runs it without fsync.
 
-    The others are options of its program about the WAL it keeps, not given if they are empty.
+    `instance` is that of its data directory in hex, empty before its first start. The `wal_` ones
+    are options of its program about the WAL it keeps, not given if they are empty.
     """
 
     id: int = 1
     pg_port: int = 5454
     http_port: int = 7676
     sync: bool = True
+    instance: str = ""
     wal_keep_size: str = ""
     wal_offload: str = ""
     wal_removal: str = ""
@@ -68,6 +70,23 @@ class SafekeeperConf:
 
 
 @dataclass(slots=True)
+class GenerationMember:
+    """A safekeeper of an earlier generation, as it was then."""
+
+    id: int = 1
+    pg_port: int = 5454
+    instance: str = ""
+
+
+@dataclass(slots=True)
+class SafekeeperGeneration:
+    """Who the safekeepers were before a change of the configuration."""
+
+    number: int
+    members: list[GenerationMember]
+
+
+@dataclass(slots=True)
 class LocalEnv:
     """A local environment. `branches` maps a branch name to its timeline in each tenant."""
 
@@ -78,6 +97,9 @@ class LocalEnv:
     private_key_path: str = "auth_private_key.pem"
     pageserver: PageserverConf = field(default_factory=PageserverConf)
     safekeepers: list[SafekeeperConf] = field(default_factory=list)
+    safekeeper_generation: int = 0
+    """Grows with each change of the safekeepers; `earlier_generations` may still matter."""
+    earlier_generations: list[SafekeeperGeneration] = field(default_factory=list)
     branches: dict[str, dict[TenantId, TimelineId]] = field(default_factory=dict)
 
     # Places in the repository
@@ -134,7 +156,7 @@ class LocalEnv:
     def add_branch(self, name: str, tenant_id: TenantId, timeline_id: TimelineId) -> None:
         """Give a timeline a name, and save. Two commands at once do not undo each other."""
         with self.locked():
-            self.branches = LocalEnv.load(self.repo_dir).branches
+            self.refresh()
             self.check_branch_is_free(name, tenant_id, timeline_id)
             self.branches.setdefault(name, {})[tenant_id] = timeline_id
             self.save()
@@ -152,9 +174,17 @@ class LocalEnv:
         """Write the configuration file, durably."""
         write_file_durably(self.config_path, self.to_toml().encode(), mode=0o600)
 
+    def refresh(self) -> None:
+        """Read what other commands may have changed meanwhile; with the lock held."""
+        saved = LocalEnv.load(self.repo_dir)
+        self.branches = saved.branches
+        self.safekeepers = saved.safekeepers
+        self.safekeeper_generation = saved.safekeeper_generation
+        self.earlier_generations = saved.earlier_generations
+
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other commands from changing the branches or making nodes meanwhile."""
+        """Keep other commands from changing the configuration or making nodes meanwhile."""
         fd = os.open(self.repo_dir / "config.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
@@ -169,12 +199,22 @@ class LocalEnv:
             lines.append(f"default_tenant_id = {_quoted(self.default_tenant_id)}")
         lines.append(f"pg_distrib_dir = {_quoted(self.pg_distrib_dir)}")
         lines.append(f"private_key_path = {_quoted(self.private_key_path)}")
+        if self.safekeeper_generation:
+            lines.append(f"safekeeper_generation = {self.safekeeper_generation}")
         lines.append(f"zenith_distrib_dir = {_quoted(self.zenith_distrib_dir)}")
         for conf in self.safekeepers:
             lines += ["", "[[safekeepers]]"]
             lines += [f"http_port = {conf.http_port}", f"id = {conf.id}"]
+            lines += [] if not conf.instance else [f"instance = {_quoted(conf.instance)}"]
             lines += [f"pg_port = {conf.pg_port}", f"sync = {str(conf.sync).lower()}"]
             lines += [f"{name} = {_quoted(value)}" for name, value in conf.wal_options.items()]
+        for generation in self.earlier_generations:
+            lines += ["", "[[earlier_safekeeper_generations]]", "members = ["]
+            lines += [
+                f"    {{ id = {m.id}, instance = {_quoted(m.instance)}, pg_port = {m.pg_port} }},"
+                for m in generation.members
+            ]
+            lines += ["]", f"number = {generation.number}"]
         lines += ["", "[branch_name_mappings]"]
         for name, timelines in sorted(self.branches.items()):
             pairs = ", ".join(f"['{t}', '{tl}']" for t, tl in sorted(timelines.items()))
@@ -218,6 +258,11 @@ class LocalEnv:
         safekeepers = [_known(SafekeeperConf, s) for s in document.get("safekeepers", [])]
         if len({conf.id for conf in safekeepers}) < len(safekeepers):
             raise ValueError("two safekeepers have the same id")
+        generation = document.get("safekeeper_generation", 0)
+        earlier = [_generation(g) for g in document.get("earlier_safekeeper_generations", [])]
+        numbers = [*(g.number for g in earlier), generation]
+        if any(type(number) is not int for number in numbers) or numbers != sorted(set(numbers)):
+            raise ValueError(f"the generations of safekeepers are out of order: {numbers}")
         return cls(
             repo_dir=repo_dir,
             # Commands run anywhere: a relative path is one of where the environment is made.
@@ -231,11 +276,13 @@ class LocalEnv:
             private_key_path=document.get("private_key_path", "auth_private_key.pem"),
             pageserver=_known(PageserverConf, document.get("pageserver", {})),
             safekeepers=safekeepers,
+            safekeeper_generation=generation,
+            earlier_generations=earlier,
             branches=branches,
         )
 
 
-_T = TypeVar("_T", PageserverConf, SafekeeperConf)
+_T = TypeVar("_T", PageserverConf, SafekeeperConf, GenerationMember)
 
 
 def _known(kind: type[_T], values: dict[str, Any]) -> _T:
@@ -247,6 +294,11 @@ def _known(kind: type[_T], values: dict[str, Any]) -> _T:
             raise ValueError(f"{name} must be of type {type(defaults[name]).__name__}")
         arguments[name] = values[name]
     return kind(**arguments)
+
+
+def _generation(values: dict[str, Any]) -> SafekeeperGeneration:
+    members = [_known(GenerationMember, m) for m in values["members"]]
+    return SafekeeperGeneration(values["number"], members)
 
 
 def _quoted(value: object) -> str:

@@ -20,6 +20,7 @@ from zenith_utils.log import init_logging
 from zenith_utils.lsn import Lsn
 from zenith_utils.pid_file import PidFile
 from zenith_utils.shutdown import IMMEDIATE_EXIT_CODE, Shutdown, ShutdownMode
+from zenith_utils.version import version_text
 
 if TYPE_CHECKING:
     import socket
@@ -59,7 +60,7 @@ def _parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         description="Materializes WAL stream to pages and serves them to the postgres",
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument("--version", action="version", version=version_text("pageserver"))
     parser.add_argument(
         "-D", "--workdir", metavar="DIR", default=".zenith", help="working directory"
     )
@@ -90,18 +91,6 @@ def _parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if args.initial_timeline_id is not None and args.create_tenant is None:
         parser.error("--initial-timeline-id requires --create-tenant")
     return args
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    built_from = os.environ.get("GIT_VERSION")
-    if built_from:
-        return f"pageserver git-env:{built_from}"
-    try:
-        return f"pageserver {version('zenith')}"
-    except PackageNotFoundError:
-        return "pageserver (unpackaged)"
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -154,7 +143,7 @@ def _init(
     conf = _checked(document, workdir)
     distrib = _find_distrib(conf)
     init_logging(workdir / LOG_FILE_NAME, os.environ.get("RUST_LOG"))
-    log.info("version: %s", _version())
+    log.info("version: %s", version_text("pageserver"))
     conf.tenants_path.mkdir(exist_ok=True)
     if tenant_id is not None:
         _init_tenant(conf, distrib, tenant_id, timeline_id or TimelineId.generate())
@@ -226,7 +215,7 @@ class _Server:
         """Serves until a signal or a failure asks for the end; the exit status."""
         from pageserver.tenants import TenantManager
 
-        log.info("version: %s", _version())
+        log.info("version: %s", version_text("pageserver"))
         sys.setswitchinterval(SWITCH_INTERVAL)
         shutdown = Shutdown()
         shutdown.install()

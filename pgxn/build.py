@@ -1,6 +1,7 @@
 """On-demand build of the C modules against the headers of a Postgres distribution.
 
-Each module is one folder of this package; all its ``.c`` files become ``<name>.so``. Builds are
+Each module is one folder of this package; all its ``.c`` files become ``<name>.so``, and what makes
+an extension of it (``.control``, ``.sql``) is put beside that. Builds are
 cached in ``cache_dir()/modules/<version_num>-<hash>/``; the hash covers everything that decides
 the result: sources, flags, compiler and the distribution's ``pg_config.h``. A cached build is
 therefore never stale, and a new one never replaces a file that a running server has mapped.
@@ -65,7 +66,10 @@ MODULES = {
 
 @dataclass(frozen=True, slots=True)
 class PgModules:
-    """Absolute paths of the built shared libraries."""
+    """Absolute paths of the built shared libraries.
+
+    The files of the zenith extension lie beside the library.
+    """
 
     walredo: Path
     lazyfiles: Path
@@ -104,15 +108,17 @@ def build_module(
     """
     spec = MODULES[name]
     sources = _sources(source_root / name)
+    data = _extension_files(source_root / name)
     compiler = compiler or find_compiler()
     flags = _flags(distrib, spec)
     modules_dir = _modules_dir()
-    digest = _digest(distrib, name, spec, sources, [*compiler.command, compiler.version, *flags])
+    command = [*compiler.command, compiler.version, *flags]
+    digest = _digest(distrib, name, spec, [*sources, *data], command)
     target = modules_dir / f"{distrib.version_num}-{digest}" / f"{name}.so"
     if not target.exists():
         with _locked(modules_dir, target.parent.name):
             if not target.exists():
-                _compile(target, [*compiler.command, *flags], sources, spec)
+                _compile(target, [*compiler.command, *flags], sources, data, spec)
     _check_reachable(target)
     return target
 
@@ -123,6 +129,11 @@ def _sources(folder: Path) -> list[Path]:
     if not any(path.suffix == ".c" for path in sources):
         raise ModuleBuildError(f"{folder} holds no C sources: the installation is incomplete")
     return sources
+
+
+def _extension_files(folder: Path) -> list[Path]:
+    """Control file and scripts of the extension whose functions a module holds, sorted."""
+    return sorted([*folder.glob("*.control"), *folder.glob("*.sql")])
 
 
 def find_compiler() -> Compiler:
@@ -162,13 +173,13 @@ def _server_headers(distrib: PgDistrib) -> Path:
 
 
 def _digest(
-    distrib: PgDistrib, name: str, spec: ModuleSpec, sources: list[Path], command: list[str]
+    distrib: PgDistrib, name: str, spec: ModuleSpec, files: list[Path], command: list[str]
 ) -> str:
     """Hash of all that decides the build's result, 16 hex digits.
 
     Short because the library path of a background worker is (BGW_MAXLEN in bgworker.h).
     """
-    inputs = [(path.name, path.read_bytes()) for path in sources]
+    inputs = [(path.name, path.read_bytes()) for path in files]
     if spec.server:
         config = _server_headers(distrib) / "pg_config.h"
         inputs.append((config.name, config.read_bytes()))
@@ -217,8 +228,13 @@ def _locked(modules_dir: Path, build: str) -> Iterator[None]:
         os.close(fd)
 
 
-def _compile(target: Path, command: list[str], sources: list[Path], spec: ModuleSpec) -> None:
-    """Compile into a temporary directory and publish the result as ``target`` by one rename."""
+def _compile(
+    target: Path, command: list[str], sources: list[Path], data: list[Path], spec: ModuleSpec
+) -> None:
+    """Compile into a temporary directory and publish the result as ``target`` by one rename.
+
+    What belongs beside it is there before.
+    """
     scratch = Path(tempfile.mkdtemp(dir=target.parent.parent, prefix="build-"))
     try:
         output = scratch / target.name
@@ -236,12 +252,19 @@ def _compile(target: Path, command: list[str], sources: list[Path], spec: Module
                 f"compiling {sources[0].parent} failed: {_first_error(result.stdout)}"
                 " (check that libc6-dev is installed and the headers match the server)"
             )
-        output.chmod(0o644)
         _make_dir(target.parent)
-        _fsync_file(output)  # a crash must not leave a truncated library under its final name
-        output.rename(target)
+        for path in data:
+            _publish(Path(shutil.copyfile(path, scratch / path.name)), target.with_name(path.name))
+        _publish(output, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _publish(path: Path, target: Path) -> None:
+    """Move a file to where it belongs; a crash must not leave a truncated one there."""
+    path.chmod(0o644)
+    _fsync_file(path)
+    path.rename(target)
 
 
 def _fsync_file(path: Path) -> None:

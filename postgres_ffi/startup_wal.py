@@ -1,7 +1,8 @@
 """WAL and pg_control that make a stock server start at an LSN without any recovery.
 
 The server finds in pg_control that it was shut down cleanly by a checkpoint whose record starts at
-that LSN, reads this one record from pg_wal, and goes on writing behind it.
+that LSN, reads this one record from pg_wal, and goes on writing behind it. standby_wal.py makes
+a server begin with the replay of WAL that exists.
 """
 
 import struct
@@ -27,8 +28,8 @@ from .wal_format import (
     segment_start,
     wal_file_name,
 )
+from .xlog_records import XLOG_CHECKPOINT_SHUTDOWN
 
-XLOG_CHECKPOINT_SHUTDOWN = 0x00
 _BLOCK_ID_DATA_SHORT = 255
 _RECORD_HEADER = struct.Struct("<IIQBBxx")
 
@@ -104,12 +105,17 @@ def startup_control_file(control: ControlFile, checkpoint: CheckPoint) -> Contro
     )
 
 
-def checkpoint_record(checkpoint: CheckPoint, prev_lsn: int, version: PgVersion) -> bytes:
-    """A shutdown checkpoint's WAL record; `prev_lsn` is the start of the record before it."""
+def checkpoint_record(
+    checkpoint: CheckPoint,
+    prev_lsn: int,
+    version: PgVersion,
+    info: int = XLOG_CHECKPOINT_SHUTDOWN,
+) -> bytes:
+    """A checkpoint's WAL record; `prev_lsn` is the start of the record before it."""
     body = encode_checkpoint(checkpoint, version)
     body = bytes((_BLOCK_ID_DATA_SHORT, len(body))) + body
     tot_len = SIZE_OF_RECORD_HEADER + len(body)
-    header = _RECORD_HEADER.pack(tot_len, 0, prev_lsn, XLOG_CHECKPOINT_SHUTDOWN, Rmgr.XLOG)
+    header = _RECORD_HEADER.pack(tot_len, 0, prev_lsn, info, Rmgr.XLOG)
     return header + struct.pack("<I", crc32c(header, crc32c(body))) + body
 
 
@@ -133,7 +139,7 @@ def build_startup_wal(
     if not prev_lsn < lsn:
         raise ValueError(f"the record before {Lsn(lsn)} cannot start at {Lsn(prev_lsn)}")
     record = checkpoint_record(checkpoint, prev_lsn, version)
-    pages = _PageHeaders(version, checkpoint.this_timeline_id, system_identifier, seg_size)
+    pages = PageHeaders(version, checkpoint.this_timeline_id, system_identifier, seg_size)
     extents = pages.before(lsn)
     position, rest = lsn, record
     while True:
@@ -151,7 +157,9 @@ def build_startup_wal(
 
 
 @dataclass(frozen=True, slots=True)
-class _PageHeaders:
+class PageHeaders:
+    """Headers of WAL pages of one cluster."""
+
     version: PgVersion
     timeline: int
     system_identifier: int

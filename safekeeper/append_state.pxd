@@ -18,9 +18,11 @@ cdef class AppendState:
     cdef readonly uint64_t first_lsn             # begin of the first WAL, 0 once that is persisted
     cdef readonly uint64_t saved_commit_lsn      # as persisted
     cdef readonly uint64_t saved_horizon_lsn
+    cdef readonly uint64_t recovered_lsn         # complete from here on; 0 if it always was
     cdef uint64_t requested_commit, epoch_start_lsn
     cdef object session
     cdef void *streaming                         # the session whose WAL is taken, NULL: nobody's
 
     cdef bint append_raw(self, void *session, const AppendHeader *header) noexcept nogil
     cdef bint flushed_raw(self, uint64_t flush_lsn) noexcept nogil
+    cdef bint recovered(self) noexcept nogil

@@ -31,12 +31,16 @@ cdef class AppendState:
         self.saved_commit_lsn = commit_lsn
         self.saved_horizon_lsn = horizon_lsn
 
-    def begin_stream(self, session not None, uint64_t lsn):
-        """From here on `session` alone appends, at `lsn`; what is behind it is cut."""
+    def begin_stream(self, session not None, uint64_t lsn, uint64_t recovered_lsn=0):
+        """From here on `session` alone appends, at `lsn`; what is behind it is cut.
+
+        A log that is recovering has recovered when it reaches `recovered_lsn`, if that is not 0.
+        """
         self.flush_lsn = min(self.flush_lsn, lsn)
         self.next_lsn = lsn
         self.first_lsn = 0
         self.requested_commit = 0
+        self.recovered_lsn = recovered_lsn
         self.session = session
         self.streaming = <void *> session
 
@@ -75,7 +79,7 @@ cdef class AppendState:
     def flushed(self, uint64_t flush_lsn):
         """What was appended is durable up to `flush_lsn`, the end of a complete record.
 
-        True: the commit LSN has to be persisted before this is answered.
+        True: progress has to be persisted before this is answered.
         """
         return self.flushed_raw(flush_lsn)
 
@@ -84,11 +88,21 @@ cdef class AppendState:
         self.flush_lsn = flush_lsn
         if commit > self.commit_lsn:
             self.commit_lsn = commit
+        if self.recovered():
+            return True
         if not saved:
             return self.first_lsn != 0
         return saved < self.epoch_start_lsn <= self.commit_lsn \
             or self.commit_lsn > saved + SAVE_EVERY \
             or self.peer_horizon_lsn > self.saved_horizon_lsn + SAVE_EVERY
+
+    @property
+    def has_recovered(self):
+        """Whether the log was recovering, and is complete now."""
+        return self.recovered()
+
+    cdef bint recovered(self) noexcept nogil:
+        return self.recovered_lsn != 0 and self.flush_lsn >= self.recovered_lsn
 
     def progress(self):
         """The commit LSN to persist now."""

@@ -10,6 +10,10 @@ Safety rests on these orders:
   shorter log of the old history, never foreign bytes under the new one;
 - WAL is durable before the flush LSN that covers it is answered;
 - whatever is resumed from after a crash is made durable again before it is relied upon;
+- an acceptor that has lost a part of that gives no votes, durably, until a leader who knows that
+  nobody relies on a forgotten vote has brought it up to date;
+- the generation of a leader is durable before its WAL is acknowledged, so that leaders of earlier
+  generations get no votes any more;
 - the first commit LSN, from which the end of WAL is searched after a restart, is durable before
   the first answer.
 """
@@ -81,6 +85,12 @@ class ControlState:
     peer_horizon_lsn: int = 0
     remote_consistent_lsn: int = 0
     peers: tuple[tuple[int, PeerInfo], ...] = ()
+    generation: int = 0
+    """The highest generation of safekeepers whose leader was followed."""
+    established: int = 0
+    """The highest generation known to be established: no earlier one matters any more."""
+    recovering: bool = False
+    """Something promised or acknowledged earlier may be forgotten: no votes are given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +130,14 @@ class Session:
 class Acceptor:
     """State of one timeline on one safekeeper. Calls are serialised by the caller."""
 
-    def __init__(self, state: ControlState, flush_lsn: int) -> None:
-        """Resume from the durable state and the end of the last complete durable WAL record."""
+    def __init__(self, state: ControlState, flush_lsn: int, instance: bytes = bytes(16)) -> None:
+        """Resume from the durable state and the end of the last complete durable WAL record.
+
+        `instance` is that of the safekeeper's data directory.
+        """
+        self.instance = instance
+        self.needed_lsn = 0
+        """Pageservers have durably what is below; the driver keeps it up to date."""
         self.log = AppendState(
             flush_lsn,
             term=state.term,
@@ -181,6 +197,7 @@ class Acceptor:
             raise ConsensusError(
                 f"unsupported WAL segment size {message.wal_seg_size}, expected {WAL_SEGMENT_SIZE}"
             )
+        check_instance(message, self.instance)
         known = state.server
         if message.system_id and known.system_id and message.system_id != known.system_id:
             raise ConsensusError(
@@ -193,23 +210,42 @@ class Acceptor:
             message.wal_seg_size,
         )
         session.greeted = True
-        reply = Reply(AcceptorGreeting(state.term))
-        if server == known and message.proposer_id == state.proposer_uuid:
+        reply = Reply(AcceptorGreeting(state.term, self.instance, state.recovering))
+        learned = replace(
+            state,
+            server=server,
+            proposer_uuid=message.proposer_id,
+            established=max(state.established, message.established),
+        )
+        if learned == state:
             return (reply,)
-        self.state = replace(state, server=server, proposer_uuid=message.proposer_id)
+        self.state = learned
         return Persist(self.state), reply
 
     def vote(self, session: Session, message: VoteRequest) -> Sequence[Action]:
-        """Vote at most once per term; always tell where the local log stands."""
+        """Vote at most once per term; always tell where the local log stands.
+
+        A recovering acceptor takes the term but gives no vote; a proposer of an earlier generation
+        than that of a leader who was followed here gets neither.
+        """
         _require_greeting(session)
         actions: list[Action] = []
-        given = self.state.term < message.term
-        if given:
+        outdated = message.generation < self.state.generation
+        newer = self.state.term < message.term and not outdated
+        if newer:
             self.state = replace(self.state, term=message.term)
             actions.append(Persist(self.state))
         state = self.state
-        history = history_up_to(state.term_history, self.flush_lsn)
-        response = VoteResponse(state.term, given, self.flush_lsn, state.peer_horizon_lsn, history)
+        response = VoteResponse(
+            state.term,
+            newer and not state.recovering,
+            self.flush_lsn,
+            min(state.peer_horizon_lsn, self.needed_lsn),
+            history_up_to(state.term_history, self.flush_lsn),
+            state.generation,
+            state.established,
+            state.recovering,
+        )
         actions.append(Reply(response))
         return actions
 
@@ -219,6 +255,13 @@ class Acceptor:
         session.announced = True
         if message.term < self.state.term:
             return ()
+        if message.generation < self.state.generation:
+            raise ConsensusError(
+                f"a leader of generation {message.generation} of the safekeepers is outdated, "
+                f"generation {self.state.generation} exists"
+            )
+        if self.state.recovering and not message.recovered_lsn:
+            raise ConsensusError("the leader does not know that this safekeeper is recovering")
         start = message.start_streaming_at
         history = self.state.term_history
         if history and history[-1].term == message.term and start < self.flush_lsn:
@@ -233,7 +276,9 @@ class Acceptor:
                 f"refusing to truncate WAL to {lsn_text(start)} "
                 f"below commit LSN {lsn_text(self.commit_lsn)}"
             )
-        if self.flush_lsn and start > self.next_lsn:
+        # One that is recovering may lack so much that nobody has, or needs, all of it any more.
+        gap = self.flush_lsn != 0 and start > self.next_lsn
+        if gap and not self.state.recovering:
             raise ConsensusError(
                 f"cannot stream from {lsn_text(start)}: local WAL ends at {lsn_text(self.next_lsn)}"
             )
@@ -244,11 +289,18 @@ class Acceptor:
             # Lift the term before cutting: no answer of an older leader may count from here on.
             self.state = replace(self.state, term=message.term)
             actions.append(Persist(self.state))
-        actions.append(TruncateWal(start))
-        if message.term_history != self.state.term_history:
-            self.state = replace(self.state, term_history=message.term_history)
+        if gap:
+            # As of a log that begins at `start`: it is the first WAL that is found after a crash.
+            self.state = replace(self.state, commit_lsn=0)
             actions.append(Persist(self.state))
-        self.log.begin_stream(session, start)
+        actions.append(TruncateWal(start))
+        followed = replace(
+            self.state, term_history=message.term_history, generation=message.generation
+        )
+        if followed != self.state:
+            self.state = followed
+            actions.append(Persist(self.state))
+        self.log.begin_stream(session, start, message.recovered_lsn if followed.recovering else 0)
         return actions
 
     def append(self, session: Session, request: AppendRequest) -> Reply | None:
@@ -299,11 +351,12 @@ class Acceptor:
         return self.save_progress()
 
     def save_progress(self) -> Sequence[Persist]:
-        """Persist the live commit LSN and horizon."""
+        """Persist the live commit LSN and horizon, and that the log has recovered."""
         self.state = replace(
             self.state,
             commit_lsn=self.log.progress(),
             peer_horizon_lsn=self.log.peer_horizon_lsn,
+            recovering=self.state.recovering and not self.log.has_recovered,
         )
         return (Persist(self.state),)
 
@@ -315,6 +368,16 @@ class Acceptor:
         )
         return ConsensusError(
             f"{what}: begins at {lsn_text(begin_lsn)}, WAL ends at {lsn_text(self.next_lsn)}"
+        )
+
+
+def check_instance(message: ProposerGreeting, instance: bytes) -> None:
+    """Refuse a proposer that knows this safekeeper with another disk; raises ConsensusError."""
+    if any(message.instance) and message.instance != instance:
+        raise ConsensusError(
+            "this safekeeper's disk is not the one the configuration knows: it was replaced or "
+            f"wiped; replace it by a new safekeeper (expected instance {message.instance.hex()}, "
+            f"this is {instance.hex()})"
         )
 
 

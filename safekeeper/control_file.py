@@ -1,11 +1,13 @@
 """The control file: an acceptor's durable state, replaced atomically.
 
 Layout, little-endian: u32 magic, u32 version, body, u32 CRC-32C of everything before it. Lengths
-and counts in the body are u64; ids are 32 hex characters with their length in front.
+and counts in the body are u64; ids are 32 hex characters with their length in front. Version 4,
+which is still read, ends before the generation.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from pathlib import Path
@@ -19,7 +21,8 @@ from zenith_utils.safekeeper_messages import TermLsn, check_history
 
 CONTROL_FILE_NAME: Final = "safekeeper.control"
 MAGIC: Final = 0xCAFECEEF
-VERSION: Final = 4
+VERSION: Final = 5
+_OLDEST_VERSION: Final = 4
 
 _HEADER = struct.Struct("<II")
 _CRC = struct.Struct("<I")
@@ -28,11 +31,16 @@ _TERM_LSN = struct.Struct("<QQ")
 _SERVER = struct.Struct("<IQI")
 _LSNS = struct.Struct("<QQQQ")
 _PEER = struct.Struct("<QQQQQ")
+_MEMBERSHIP = struct.Struct("<QQB")
 _ID_LENGTH: Final = 32
 
 
 class ControlFileError(Exception):
-    """The control file is damaged or of an unknown version."""
+    """The control file is damaged, of an unknown version, or another timeline's."""
+
+
+class ControlFileDamagedError(ControlFileError):
+    """The control file is not what was written."""
 
 
 def encode(state: ControlState) -> bytes:
@@ -56,6 +64,7 @@ def encode(state: ControlState) -> bytes:
     ]
     for node, peer in state.peers:
         parts.append(_PEER.pack(node, peer.s3_wal_lsn, peer.term, peer.flush_lsn, peer.commit_lsn))
+    parts.append(_MEMBERSHIP.pack(state.generation, state.established, state.recovering))
     content = b"".join(parts)
     return content + _CRC.pack(crc32c(content))
 
@@ -63,26 +72,26 @@ def encode(state: ControlState) -> bytes:
 def decode(data: bytes) -> ControlState:
     """Decode and verify a whole file. Raises ControlFileError."""
     if len(data) < _HEADER.size + _CRC.size:
-        raise ControlFileError(f"safekeeper control file has only {len(data)} bytes")
+        raise ControlFileDamagedError(f"safekeeper control file has only {len(data)} bytes")
     content = data[: -_CRC.size]
     (stored,) = _CRC.unpack_from(data, len(content))
     computed = crc32c(content)
     if stored != computed:
-        raise ControlFileError(
+        raise ControlFileDamagedError(
             f"safekeeper control file checksum mismatch: expected {computed} got {stored}"
         )
     magic, version = _HEADER.unpack_from(content)
     if magic != MAGIC:
-        raise ControlFileError(f"bad control file magic: {magic:#X}, expected {MAGIC:#X}")
-    if version != VERSION:
+        raise ControlFileDamagedError(f"bad control file magic: {magic:#X}, expected {MAGIC:#X}")
+    if not _OLDEST_VERSION <= version <= VERSION:
         raise ControlFileError(
             f"unsupported safekeeper control file version {version}, "
-            f"this program reads version {VERSION} only"
+            f"this program reads versions {_OLDEST_VERSION} to {VERSION}"
         )
     try:
-        return _decode_body(content)
+        return _decode_body(content, version)
     except (struct.error, ValueError) as e:
-        raise ControlFileError(f"malformed safekeeper control file: {e}") from e
+        raise ControlFileDamagedError(f"malformed safekeeper control file: {e}") from e
 
 
 def load(path: Path, *, sync: bool = False) -> ControlState:
@@ -94,11 +103,16 @@ def load(path: Path, *, sync: bool = False) -> ControlState:
     if sync:
         fsync_file(path)
         fsync_dir(path.parent)
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        if e.errno == errno.EIO:
+            raise ControlFileDamagedError(f"cannot read {path}: {e.strerror}") from e
+        raise
     try:
         return decode(data)
     except ControlFileError as e:
-        raise ControlFileError(f"{e} ({path})") from e
+        raise type(e)(f"{e} ({path})") from e
 
 
 def store(directory: Path, state: ControlState, *, sync: bool) -> None:
@@ -147,6 +161,9 @@ def to_json(state: ControlState) -> dict[str, Any]:
             ]
             for node, peer in state.peers
         ],
+        "generation": state.generation,
+        "established": state.established,
+        "recovering": state.recovering,
     }
 
 
@@ -181,7 +198,7 @@ class _Cursor:
             raise ValueError(f"{len(self._data) - self._position} bytes too many")
 
 
-def _decode_body(content: bytes) -> ControlState:
+def _decode_body(content: bytes, version: int) -> ControlState:
     cursor = _Cursor(content, _HEADER.size)
     tenant_id, timeline_id = TenantId(cursor.take_id()), TimelineId(cursor.take_id())
     (term,) = cursor.take(_U64)
@@ -191,6 +208,11 @@ def _decode_body(content: bytes) -> ControlState:
     proposer_uuid = cursor.take_id()
     commit_lsn, s3_wal_lsn, peer_horizon_lsn, remote_consistent_lsn = cursor.take(_LSNS)
     peers = tuple((peer[0], PeerInfo(*peer[1:])) for peer in cursor.take_many(_PEER))
+    generation = established = recovering = 0
+    if version >= 5:
+        generation, established, recovering = cursor.take(_MEMBERSHIP)
+        if recovering > 1:
+            raise ValueError(f"recovering is {recovering}, neither 0 nor 1")
     cursor.finish()
     return ControlState(
         tenant_id,
@@ -204,6 +226,9 @@ def _decode_body(content: bytes) -> ControlState:
         peer_horizon_lsn,
         remote_consistent_lsn,
         peers,
+        generation,
+        established,
+        bool(recovering),
     )
 
 

@@ -20,7 +20,15 @@ from postgres_ffi.wal_format import (
     end_of_bytes,
     normalize_lsn,
 )
-from safekeeper.wal_files import SegmentReader, WalStorageError, list_segments, segment_path
+from safekeeper.verify_wal import last_record_end, wal_damaged
+from safekeeper.wal_files import (
+    SegmentReader,
+    WalDamagedError,
+    WalStorageError,
+    WalUnreadableError,
+    list_segments,
+    segment_path,
+)
 from zenith_utils.lsn import lsn_text
 
 _SECTOR: Final = 512
@@ -30,27 +38,41 @@ _LENGTH = struct.Struct("<I")
 def find_end_of_wal(directory: Path, start_lsn: int, magic: int) -> int:
     """End of the last complete valid record at or behind `start_lsn`, a record boundary.
 
-    Every record from there on is decoded and its CRC checked. Raises WalStorageError if WAL that
+    Every record from there on is decoded and its CRC checked. Raises WalDamagedError if WAL that
     was complete is damaged or missing, naming the file and the offset.
     """
     segments = dict(list_segments(directory))
     first = start_lsn // WAL_SEGMENT_SIZE
+    # Old segments are removed from the lowest on: what is left has no holes.
+    for segno in range(min(segments, default=first), first):
+        if segno not in segments:
+            raise WalDamagedError(
+                f"WAL segment {segment_path(directory, segno, partial=False)} is missing, "
+                "others below and above are there",
+                last_record_end(directory, segno * WAL_SEGMENT_SIZE, magic),
+            )
     if first not in segments:
         if start_lsn % WAL_SEGMENT_SIZE == 0 and not any(segno > first for segno in segments):
             return start_lsn
-        raise WalStorageError(
+        raise WalDamagedError(
             f"WAL segment {segment_path(directory, first, partial=True)} is missing, "
-            f"it should hold WAL at commit LSN {lsn_text(start_lsn)}"
+            f"it should hold WAL at commit LSN {lsn_text(start_lsn)}",
+            last_record_end(directory, start_lsn, magic),
         )
     complete_end = _complete_end(segments, first)
     # Zeros from the very start on are the rest of a switched segment if that is complete.
-    decoder = WalDecoder(start_lsn, magic, assume_switch=not segments[first])
+    try:
+        decoder = WalDecoder(start_lsn, magic, assume_switch=not segments[first])
+    except ValueError as e:
+        raise WalStorageError(f"the persisted commit LSN cannot be right: {e}") from e
     reader = SegmentReader(directory)
     try:
         for _, data in reader.chunks(start_lsn):
             decoder.scan(data)
     except WalDecodeError as e:
-        _check_torn(directory, reader, e, complete_end)
+        _check_torn(directory, reader, e, complete_end, decoder.position)
+    except WalUnreadableError as e:
+        raise WalDamagedError(str(e), decoder.position) from e
     finally:
         reader.close()
     return decoder.position
@@ -68,9 +90,9 @@ def _complete_end(segments: dict[int, bool], first: int) -> int:
 
 
 def _check_torn(
-    directory: Path, reader: SegmentReader, error: WalDecodeError, complete_end: int
+    directory: Path, reader: SegmentReader, error: WalDecodeError, complete_end: int, good_end: int
 ) -> None:
-    """Return if invalid WAL is what an interrupted write leaves; raise WalStorageError if not."""
+    """Return if invalid WAL is what an interrupted write leaves; raise WalDamagedError if not."""
     data = _read_span(reader, error.lsn, SIZE_OF_RECORD_HEADER)
     size = SIZE_OF_RECORD_HEADER
     if "crc" in error.reason:
@@ -78,12 +100,7 @@ def _check_torn(
         data = _read_span(reader, error.lsn, size)
     damaged = error.lsn + size <= complete_end or not _has_unwritten_sector(error.lsn, data)
     if damaged:
-        segno, offset = divmod(error.lsn, WAL_SEGMENT_SIZE)
-        path = segment_path(directory, segno, partial=error.lsn >= complete_end)
-        raise WalStorageError(
-            f"damaged WAL in {path} at offset {offset}: {error}; restore the file, or remove this "
-            "timeline's directory to have it copied from the other safekeepers"
-        )
+        raise wal_damaged(directory, error, good_end)
 
 
 def _raw_size(lsn: int, header: bytes) -> int:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from safekeeper.control_file import ControlFileError
+from safekeeper.identity import Identity
+from safekeeper.timeline import TimelineFailedError
 from safekeeper.timelines import TimelineExistsError, TimelineNotFoundError, Timelines
+from safekeeper.wal_files import WalStorageError
 from zenith_utils.http_server import BadRequest, HttpError, Request, Response, Route, json_response
 from zenith_utils.ids import TenantId, TenantTimelineId, TimelineId
 from zenith_utils.lsn import lsn_text
@@ -13,8 +17,8 @@ from zenith_utils.lsn import lsn_text
 class HttpApi:
     """Handlers of the routes."""
 
-    def __init__(self, node_id: int, timelines: Timelines) -> None:
-        self._node_id = node_id
+    def __init__(self, identity: Identity, timelines: Timelines) -> None:
+        self._identity = identity
         self._timelines = timelines
 
     def routes(self) -> list[Route]:
@@ -22,18 +26,39 @@ class HttpApi:
         return [
             Route("GET", "/v1/status", self._status),
             Route("GET", "/v1/timeline/{tenant_id}/{timeline_id}", self._timeline_status),
+            Route("GET", "/v1/timeline", self._list_timelines),
             Route("POST", "/v1/timeline", self._create_timeline),
         ]
 
     def _status(self, request: Request) -> dict[str, Any]:
         del request
-        return {"id": self._node_id}
+        return {"id": self._identity.id, "instance": self._identity.instance.hex()}
+
+    def _list_timelines(self, request: Request) -> list[dict[str, Any]]:
+        """What changes of the membership have to know of each timeline."""
+        del request
+        return [
+            {
+                "tenant_id": str(state.tenant_id),
+                "timeline_id": str(state.timeline_id),
+                "commit_lsn": lsn_text(state.commit_lsn),
+                "generation": state.generation,
+                "established": state.established,
+                "recovering": state.recovering,
+            }
+            for state in self._timelines.states()
+        ]
 
     def _timeline_status(self, request: Request) -> dict[str, Any]:
         timeline_id = TenantTimelineId(request.tenant_id(), request.timeline_id())
         try:
             timeline = self._timelines.get(timeline_id)
-        except TimelineNotFoundError as e:
+        except (
+            TimelineNotFoundError,
+            TimelineFailedError,
+            ControlFileError,
+            WalStorageError,
+        ) as e:
             raise HttpError(str(e)) from e
         acceptor = timeline.acceptor
         state = acceptor.state
@@ -52,6 +77,9 @@ class HttpApi:
             "flush_lsn": lsn_text(acceptor.flush_lsn),
             "oldest_lsn": lsn_text(timeline.oldest_lsn()),
             "wal_held_by": timeline.kept.holder,
+            "generation": state.generation,
+            "established": state.established,
+            "recovering": state.recovering,
         }
 
     def _create_timeline(self, request: Request) -> Response:
@@ -60,7 +88,7 @@ class HttpApi:
             TenantId(_id_bytes(fields, "tenant_id")), TimelineId(_id_bytes(fields, "timeline_id"))
         )
         try:
-            self._timelines.create(timeline_id)
+            self._timelines.create(timeline_id, _peer_ids(fields))
         except TimelineExistsError as e:
             raise HttpError(str(e)) from e
         return json_response(None, 201)
@@ -68,10 +96,22 @@ class HttpApi:
 
 def _id_bytes(fields: dict[str, Any], name: str) -> bytes:
     """An id written as an array of 16 byte values."""
-    value = fields.get(name)
-    try:
-        if not isinstance(value, list) or len(value) != 16:
-            raise ValueError("expected an array of 16 integers")
-        return bytes(value)
-    except (TypeError, ValueError) as e:
-        raise BadRequest(f"Failed to parse json request {name}: {e}") from e
+    value = _integers(fields.get(name), 256)
+    if value is None or len(value) != 16:
+        raise BadRequest(f"Failed to parse json request {name}: expected an array of 16 bytes")
+    return bytes(value)
+
+
+def _peer_ids(fields: dict[str, Any]) -> list[int]:
+    """Node ids of the other safekeepers; may be missing."""
+    value = _integers(fields.get("peer_ids", []), 1 << 64)
+    if value is None:
+        raise BadRequest("Failed to parse json request peer_ids: expected an array of node ids")
+    return value
+
+
+def _integers(value: object, end: int) -> list[int] | None:
+    """An array of integers in [0, end), None if it is anything else. true and false are none."""
+    if not isinstance(value, list) or any(type(item) is not int for item in value):
+        return None
+    return value if all(0 <= item < end for item in value) else None

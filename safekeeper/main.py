@@ -15,11 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from safekeeper import control_file
+from safekeeper import control_file, identity
 from safekeeper.callmemaybe import CallMeMaybe, call_pageserver
 from safekeeper.http_api import HttpApi
+from safekeeper.identity import IdentityError
 from safekeeper.metrics import SafekeeperMetrics
 from safekeeper.remote_wal import RemoteWal, RemoteWalUrlError
+from safekeeper.timeline_registry import RegistryError
 from safekeeper.timelines import Timelines
 from safekeeper.wal_offload import WalOffload
 from safekeeper.wal_retention import (
@@ -39,7 +41,6 @@ from zenith_utils.daemonize import (
     daemonize,
     parse_address,
 )
-from zenith_utils.durable import write_file_durably
 from zenith_utils.duration import DurationError, parse_duration
 from zenith_utils.errors import render_error
 from zenith_utils.http_server import HttpServer, metrics_route
@@ -47,13 +48,13 @@ from zenith_utils.log import init_logging
 from zenith_utils.pid_file import PidFileError
 from zenith_utils.postgres_backend import PostgresServer
 from zenith_utils.size import SizeError, format_size, parse_size
+from zenith_utils.version import version_text
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_PG_ADDRESS: Final = "127.0.0.1:5454"
 DEFAULT_HTTP_ADDRESS: Final = "127.0.0.1:7676"
 
-_ID_FILE = "safekeeper.id"
 _LOCK_FILE = "safekeeper.lock"
 _LOG_FILE = "safekeeper.log"
 _PID_FILE = "safekeeper.pid"
@@ -82,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(args)
     except (
         StartError,
+        IdentityError,
+        RegistryError,
         control_file.ControlFileError,
         AddressError,
         BindError,
@@ -96,13 +99,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="safekeeper", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
+    add("--version", action="version", version=version_text("safekeeper"))
     add("-D", "--dir", type=Path, default=Path(), help="data directory (default: current)")
     add("--init", action="store_true", help="store the id and exit")
     add("--id", type=int, help="node id; stored at the first start")
     add("-l", "--listen-pg", "--listen", default=DEFAULT_PG_ADDRESS, help="WAL service ip:port")
     add("--listen-http", default=DEFAULT_HTTP_ADDRESS, help="HTTP API ip:port")
     add("-p", "--pageserver", help=argparse.SUPPRESS)
-    add("--recall", type=_duration, default=1.0, help="period of calls to pageservers (1 s)")
+    add("--recall", type=_period, default=1.0, help="period of calls to pageservers (1 s)")
     add("-d", "--daemonize", action="store_true", help="run in the background")
     add("-n", "--no-sync", action="store_true", help="do not fsync: unsafe, for tests only")
     _add_retention_options(parser)
@@ -133,7 +137,7 @@ def _add_retention_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--wal-removal-interval",
-        type=_duration,
+        type=_period,
         default=DEFAULT_INTERVAL,
         metavar="DURATION",
         help=f"how often WAL that can go is looked for (default: {DEFAULT_INTERVAL:.0f} s)",
@@ -169,6 +173,13 @@ def _duration(text: str) -> float:
         raise argparse.ArgumentTypeError(str(e)) from e
 
 
+def _period(text: str) -> float:
+    seconds = _duration(text)
+    if not seconds:
+        raise argparse.ArgumentTypeError(f"a period of {text!r}: it must be longer than nothing")
+    return seconds
+
+
 def _run(args: argparse.Namespace) -> int:
     remote = _remote_wal(args)
     directory: Path = args.dir.resolve()
@@ -176,7 +187,7 @@ def _run(args: argparse.Namespace) -> int:
         raise StartError(f"data directory {directory} does not exist")
     os.chdir(directory)
     lock_fd = _lock(directory)
-    node_id = _node_id(directory, args.id)
+    me = identity.load_or_create(directory, args.id)
     if args.init:
         os.close(lock_fd)
         return 0
@@ -193,8 +204,11 @@ def _run(args: argparse.Namespace) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     sys.setswitchinterval(_SWITCH_INTERVAL)
 
+    logger.info("version: %s", version_text("safekeeper"))
     metrics = SafekeeperMetrics()
-    timelines = Timelines(directory, metrics, sync=not args.no_sync, remote=remote)
+    timelines = Timelines(
+        directory, metrics, sync=not args.no_sync, instance=me.instance, remote=remote
+    )
     host = parse_address(args.listen_pg)[0]
     callmemaybe = CallMeMaybe(
         (host, pg_socket.getsockname()[1]),
@@ -203,7 +217,7 @@ def _run(args: argparse.Namespace) -> int:
     )
     streams = metrics.watch_delivery(callmemaybe)
     service = WalService(timelines, callmemaybe, streams)
-    routes = [*HttpApi(node_id, timelines).routes(), metrics_route(metrics.metrics)]
+    routes = [*HttpApi(me, timelines).routes(), metrics_route(metrics.metrics)]
     # Before a compute can connect, whose word about its pageserver is newer.
     for timeline_id, connstr in timelines.undelivered():
         callmemaybe.subscribe(timeline_id, connstr)
@@ -213,8 +227,8 @@ def _run(args: argparse.Namespace) -> int:
     threading.Thread(target=_save_progress, args=(timelines,), name="progress", daemon=True).start()
     _start_retention(args, timelines, remote, metrics)
     logger.info(
-        "safekeeper %d listens on %s (http %s) in %s",
-        node_id, args.listen_pg, args.listen_http, directory,
+        "safekeeper %d (instance %s) listens on %s (http %s) in %s",
+        me.id, me.instance.hex(), args.listen_pg, args.listen_http, directory,
     )  # fmt: skip
     received = signal.sigwait(_SIGNALS)
     logger.info("terminated by %s", signal.Signals(received).name)
@@ -277,25 +291,6 @@ def _lock(directory: Path) -> int:
         os.close(fd)
         raise StartError(f"control file {path} is locked by some other process") from None
     return fd
-
-
-def _node_id(directory: Path, given: int | None) -> int:
-    """The id of this node: stored, or given and stored now. Raises StartError."""
-    path = directory / _ID_FILE
-    try:
-        text = path.read_text().strip()
-    except FileNotFoundError:
-        if given is None:
-            raise StartError("safekeeper id is not specified") from None
-        if not 0 <= given < 1 << 64:
-            raise StartError(f"safekeeper id {given} does not fit 64 bits") from None
-        write_file_durably(path, b"%d" % given)
-        return given
-    if not text.isdecimal():
-        raise StartError(f"{path} does not hold a number: {text!r}")
-    if given is not None and given != int(text):
-        raise StartError(f"safekeeper already initialized with id {text}, can't set {given}")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from libc.string cimport memcpy
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from safekeeper.append_state cimport AppendHeader, AppendState
-from safekeeper.wal_end cimport WAL_OTHER_SEGMENT, WAL_WRITTEN, WalEnd
+from safekeeper.wal_end cimport WAL_OTHER_SEGMENT, WAL_SYNC_ERROR, WAL_WRITTEN, WalEnd
 from zenith_utils.frame_reader cimport FRAME_AGAIN, FRAME_END, FRAME_MORE, FRAME_TAKEN, FrameReader
 from zenith_utils.sockets cimport MSG_NOSIGNAL, send
 from zenith_utils.unaligned cimport get64, put32_big, put64
@@ -256,7 +256,7 @@ cdef class PushStream:
         self.flushed = now()
         if result != WAL_WRITTEN:
             self.failure = result
-            return FLUSH_FAILED
+            return FLUSH_FAILED if result == WAL_SYNC_ERROR else WRITE_FAILED
         self.must_persist = self.log.flushed_raw(self.wal.flush_lsn)
         return TAKEN_ALL
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
-from safekeeper.consensus import ConsensusError, Session
+from safekeeper.consensus import ConsensusError, Session, check_instance
 from safekeeper.push_stream import PushStream
 from safekeeper.timeline import Timeline
 from safekeeper.timelines import Timelines
@@ -17,6 +18,8 @@ from zenith_utils.safekeeper_messages import (
     ProposerGreeting,
     parse_proposer_message,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class PushSession:
@@ -51,15 +54,20 @@ class PushSession:
             first = conn.recv_copy_data()
             if first is None:
                 return
-            if not isinstance(parse_proposer_message(first), ProposerGreeting):
+            greeting = parse_proposer_message(first)
+            if not isinstance(greeting, ProposerGreeting):
                 raise ConsensusError("first message of a session must be ProposerGreeting")
+            # Before a timeline is created for a proposer that means another disk.
+            check_instance(greeting, self._timelines.instance)
             timeline = self._timelines.get_or_create(self._timeline_id)
             timeline.compute_connected()
+            logger.info("timeline %s: session of proposer %s begins", timeline.id, conn.peer)
             try:
                 self._on_connected(timeline)
                 self._serve(timeline, first)
             finally:
                 timeline.compute_disconnected()
+                logger.info("timeline %s: session of proposer %s ends", timeline.id, conn.peer)
                 self._timelines.save_progress([timeline])
         except (MessageError, ConsensusError, WalStorageError, OSError) as e:
             raise FatalQueryError(f"failed to run ReceiveWalConn: {e}") from e

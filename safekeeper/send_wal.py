@@ -1,4 +1,4 @@
-"""START_REPLICATION: streaming WAL to pageservers and, for recovery, to a walproposer."""
+"""START_REPLICATION: WAL for pageservers, hot standbys and, for recovery, a walproposer."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from postgres_ffi.wal_format import WAL_BLCKSZ
 from safekeeper.remote_wal import RemoteWalError
 from safekeeper.timeline import Timeline
 from safekeeper.wal_reader import WalReader
@@ -22,7 +23,7 @@ from zenith_utils.postgres_backend import (
     ProtocolError,
     QueryError,
 )
-from zenith_utils.safekeeper_messages import MAX_SEND_SIZE, HotStandbyFeedback
+from zenith_utils.safekeeper_messages import MAX_SEND_SIZE, NO_XMIN, HotStandbyFeedback
 from zenith_utils.zenith_feedback import FeedbackError, ZenithFeedback, postgres_timestamp
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 _XLOG_DATA = struct.Struct(">cQQq")
 _KEEPALIVE = struct.Struct(">cQqB")
 _HS_FEEDBACK = struct.Struct(">qQQ")
+# Of a stock standby: each xmin is followed by its epoch; 0 means that it needs none.
+_STANDBY_FEEDBACK = struct.Struct(">qIIII")
 _TAG_HS_FEEDBACK: Final = ord("h")
 _TAG_FEEDBACK: Final = ord("z")
 _TAG_STATUS: Final = ord("r")
@@ -52,11 +55,22 @@ class StreamDone(Exception):
 class WalSender:
     """One reader's stream."""
 
-    def __init__(self, conn: Connection, timeline: Timeline, pageserver: str | None = None) -> None:
-        """`pageserver` is the connection string of the reader if it is one."""
+    def __init__(
+        self,
+        conn: Connection,
+        timeline: Timeline,
+        pageserver: str | None = None,
+        *,
+        standby: bool = False,
+    ) -> None:
+        """`pageserver` is the connection string of the reader if it is one.
+
+        A `standby` stays whether or not there is a compute.
+        """
         self._conn = conn
         self._timeline = timeline
         self._pageserver = pageserver
+        self._standby = standby
         self._reported: ZenithFeedback | None = None
         self._client_gone = threading.Event()
         self._alive_at = 0.0
@@ -153,8 +167,16 @@ class WalSender:
         self._client_gone.wait(_STORAGE_PAUSE)
 
     def _send(self, reader: WalReader, lsn: int, limit: int, check: Callable[[], None]) -> int:
-        """Send one piece of WAL from `lsn`; where it ends. `check` runs before bytes leave."""
-        data = reader.read(lsn, min(limit - lsn, MAX_SEND_SIZE))
+        """Send one piece of WAL from `lsn`; where it ends. `check` runs before bytes leave.
+
+        It ends at a page boundary or at `limit`, the end of a record. A standby takes it that a
+        record's first page is there as soon as its header is (XLogSendPhysical()).
+        """
+        end = min(limit, lsn + MAX_SEND_SIZE)
+        if end < limit:
+            end -= end % WAL_BLCKSZ
+        self._timeline.check_wal(lsn, end)
+        data = reader.read(lsn, end - lsn)
         check()
         header = _XLOG_DATA.pack(b"w", lsn, limit, postgres_timestamp())
         self._conn.send_copy_data(header, data)
@@ -168,7 +190,7 @@ class WalSender:
 
     def _is_done(self, commit: int) -> bool:
         """Whether neither a compute nor the reader has any use for the stream."""
-        if self._timeline.has_compute:
+        if self._timeline.has_compute or self._standby:
             return False
         reported = self._reported
         return commit == 0 or (reported is not None and reported.ps_flushlsn >= commit)
@@ -197,7 +219,20 @@ class WalSender:
             if self._is_done(self._timeline.commit_lsn):
                 self._timeline.wake_readers()
         elif tag == _TAG_HS_FEEDBACK:
-            report = HotStandbyFeedback._make(_HS_FEEDBACK.unpack_from(data, 1))
+            if self._standby:
+                report = parse_standby_feedback(data)
+            else:
+                report = HotStandbyFeedback._make(_HS_FEEDBACK.unpack_from(data, 1))
             self._timeline.record_hs_feedback(self, report)
         elif tag != _TAG_STATUS:
             logger.warning("unexpected message %r from %s", chr(tag), self._conn.peer)
+
+
+def parse_standby_feedback(message: memoryview) -> HotStandbyFeedback:
+    """The feedback message `h` of a stock walreceiver. Raises struct.error."""
+    ts, xmin, epoch, catalog_xmin, catalog_epoch = _STANDBY_FEEDBACK.unpack_from(message, 1)
+    return HotStandbyFeedback(
+        ts,
+        epoch << 32 | xmin if xmin else NO_XMIN,
+        catalog_epoch << 32 | catalog_xmin if catalog_xmin else NO_XMIN,
+    )

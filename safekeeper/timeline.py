@@ -17,13 +17,26 @@ from pathlib import Path
 from typing import NoReturn
 
 from postgres_ffi.wal_decoder import WalDecodeError
-from postgres_ffi.wal_format import normalize_lsn
+from postgres_ffi.wal_format import WAL_SEGMENT_SIZE, normalize_lsn
 from safekeeper import control_file, delivery
-from safekeeper.consensus import Acceptor, Action, Persist, Reply, Session, TruncateWal
+from safekeeper.consensus import (
+    Acceptor,
+    Action,
+    ControlState,
+    Persist,
+    Reply,
+    Session,
+    TruncateWal,
+)
 from safekeeper.delivery import Delivery, DeliveryFileError
+from safekeeper.load_timeline import after_damage, load_state, open_wal
 from safekeeper.metrics import TimelineMetrics
 from safekeeper.remote_wal import RemoteWal
+from safekeeper.set_aside import remove_set_aside
+from safekeeper.timeline_registry import RegistryError, TimelineRegistry
+from safekeeper.verify_wal import WalVerifier
 from safekeeper.wal_end import WalEnd
+from safekeeper.wal_files import WalDamagedError, WalStorageError
 from safekeeper.wal_reader import KeptWal, WalReader
 from safekeeper.wal_removal import WalNeeds
 from safekeeper.wal_storage import FlushError, InvalidWalError, WalStorage, wal_magic
@@ -39,6 +52,7 @@ from zenith_utils.safekeeper_messages import (
     ProposerElected,
     ProposerGreeting,
     VoteRequest,
+    VoteResponse,
     encode_feedbacks,
     parse_append_request,
 )
@@ -60,14 +74,17 @@ class Timeline:
         directory: Path,
         metrics: TimelineMetrics,
         *,
+        registry: TimelineRegistry,
+        instance: bytes,
         sync: bool,
         helper: Executor,
         remote: RemoteWal | None = None,
     ) -> None:
-        """Load the timeline in `directory`: control file, end of WAL.
+        """Load the timeline in `directory`: control file, end of WAL. `instance` is the node's.
 
-        `remote` is where segments that are not here any more can be had.
-        Raises FileNotFoundError (no control file), ControlFileError, WalStorageError.
+        `remote` is where segments that are not here any more can be had. Damage makes the timeline
+        `recovering`. Raises FileNotFoundError (no such timeline), ControlFileError,
+        WalStorageError, RegistryError, OSError.
         """
         self.id = timeline_id
         self.directory = directory
@@ -75,20 +92,23 @@ class Timeline:
         self.failure: BaseException | None = None
         self.metrics = metrics
         self._sync = sync
-        state = control_file.load(directory / control_file.CONTROL_FILE_NAME, sync=sync)
-        if (state.tenant_id, state.timeline_id) != timeline_id:
-            raise control_file.ControlFileError(
-                f"{directory / control_file.CONTROL_FILE_NAME} belongs to timeline "
-                f"{state.tenant_id}-{state.timeline_id}"
-            )
+        self._registry = registry
+        state = load_state(timeline_id, directory, registry, sync=sync)
         self._storage = WalStorage(directory, sync=sync, helper=helper)
-        self._storage.open(state.commit_lsn, wal_magic(state.server.pg_version))
+        state = open_wal(directory, state, self._storage, sync=sync)
+        if not state.recovering:
+            # A crash may have come between the end of a recovery and this.
+            remove_set_aside(directory)
+        # Behind it everything was decoded just now.
+        magic = wal_magic(state.server.pg_version)
+        self._verifier = WalVerifier(directory, state.commit_lsn, magic)
         self.kept = KeptWal(timeline_id, directory, remote)
-        self.acceptor = Acceptor(state, self._storage.flush_lsn)
+        self.acceptor = Acceptor(state, self._storage.flush_lsn, instance)
         self._advanced = threading.Condition()
         self._waiting = 0
         self._computes = 0
         self._feedback = NO_FEEDBACK
+        self._recovering = state.recovering
         self._delivery_lock = threading.Lock()
         self._delivery = self._saved_delivery = self._load_delivery()
         self._hs_feedbacks: dict[object, HotStandbyFeedback] = {}
@@ -98,8 +118,9 @@ class Timeline:
         self._feedback_changed()
         self._update_metrics()
         logger.info(
-            "loaded timeline %s: term %d, flush LSN %s, commit LSN %s",
+            "loaded timeline %s: term %d, flush LSN %s, commit LSN %s%s",
             timeline_id, state.term, lsn_text(self.flush_lsn), lsn_text(self.commit_lsn),
+            ", recovering" if state.recovering else "",
         )  # fmt: skip
 
     @property
@@ -111,6 +132,12 @@ class Timeline:
     def commit_lsn(self) -> int:
         """WAL below is committed and here; never goes back."""
         return self.acceptor.commit_lsn
+
+    @property
+    def wal_begin_lsn(self) -> int:
+        """Where the WAL of the timeline begins; 0 while that is not known."""
+        history = self.acceptor.state.term_history
+        return history[0].lsn if history else 0
 
     @property
     def wal_end(self) -> WalEnd:
@@ -128,13 +155,36 @@ class Timeline:
         """
         with self.lock:
             self.check_usable()
+            end = self.acceptor.flush_lsn
             if isinstance(message, ProposerGreeting):
                 actions = self.acceptor.greet(session, message)
             elif isinstance(message, VoteRequest):
+                known = self._delivery
+                self.acceptor.needed_lsn = 0 if known is None else known.flush_lsn
                 actions = self.acceptor.vote(session, message)
             else:
                 actions = self.acceptor.elected(session, message)
-            return self._carry_out(actions)
+            replies = self._carry_out(actions)
+            if actions and isinstance(message, ProposerElected):
+                self._log_leader(message, end)
+            for reply in replies:
+                if isinstance(reply, VoteResponse) and reply.vote_given:
+                    self._log_vote(reply)
+            return replies
+
+    def _log_leader(self, leader: ProposerElected, old_end: int) -> None:
+        start = leader.start_streaming_at
+        cut = f", cutting it off there: it went up to {lsn_text(old_end)}"
+        logger.info(
+            "timeline %s: follows the leader of term %d, whose WAL continues ours from %s on%s",
+            self.id, leader.term, lsn_text(start), cut if start < old_end else "",
+        )  # fmt: skip
+
+    def _log_vote(self, vote: VoteResponse) -> None:
+        logger.info(
+            "timeline %s: voted in term %d, with WAL up to %s of term %d",
+            self.id, vote.term, lsn_text(vote.flush_lsn), self.acceptor.epoch,
+        )  # fmt: skip
 
     def append(self, session: Session, data: memoryview) -> AcceptorMessage | None:
         """Write an AppendRequest without flushing; caller holds `lock`.
@@ -220,24 +270,71 @@ class Timeline:
                 if isinstance(action, Reply):
                     replies.append(action.message)
                 elif isinstance(action, Persist):
-                    started = time.perf_counter()
-                    control_file.store(self.directory, action.state, sync=self._sync)
-                    self.metrics.observe_persist(time.perf_counter() - started)
+                    self._persist(action.state)
                 else:
                     assert isinstance(action, TruncateWal)
-                    magic = wal_magic(self.acceptor.state.server.pg_version)
-                    self._storage.truncate(action.lsn, magic)
+                    state = self.acceptor.state
+                    magic = wal_magic(state.server.pg_version)
+                    self._storage.truncate(action.lsn, magic, may_skip=state.recovering)
+                    self.kept.restarted()
         except BaseException as e:
             self._fail(e)
             raise
         self._update_metrics()
         return replies
 
+    def _persist(self, state: ControlState) -> None:
+        started = time.perf_counter()
+        # The promise of a term is where it survives the control file, before it is in there.
+        self._registry.note(self.id, state.term)
+        control_file.store(self.directory, state, sync=self._sync)
+        self.metrics.observe_persist(time.perf_counter() - started)
+        if self._recovering and not state.recovering:
+            logger.info("timeline %s is whole again", self.id)
+            remove_set_aside(self.directory)
+        self._recovering = state.recovering
+
     def _fail(self, error: BaseException) -> None:
         """The acceptor is ahead of the disk now: never use it again."""
         self.failure = error
-        logger.error("timeline %s failed: %s", self.id, error)
+        logger.error("timeline %s in %s failed: %s", self.id, self.directory, error)
         self.wake_readers()
+
+    # ---- WAL of earlier runs
+
+    def check_wal(self, begin_lsn: int, end_lsn: int) -> None:
+        """Make sure that WAL of a range is undamaged, before it is read from the files.
+
+        Raises WalDamagedError: the timeline is out of service until it is loaded again, and
+        recovering then. Raises RegistryError, OSError.
+        """
+        try:
+            self._verifier.ensure(begin_lsn, end_lsn)
+        except WalDamagedError as e:
+            self._damaged(e)
+            raise
+
+    def check_all_wal(self) -> None:
+        """Check what nobody has read yet, a segment at a time; damage is logged."""
+        try:
+            for segno in self._verifier.missing():
+                if self.failure is not None:
+                    return
+                self.check_wal(segno * WAL_SEGMENT_SIZE, (segno + 1) * WAL_SEGMENT_SIZE)
+        except (WalStorageError, RegistryError, OSError) as e:
+            logger.error("timeline %s: checking its WAL ends: %s", self.id, e)
+
+    def _damaged(self, error: WalDamagedError) -> None:
+        """Remember durably that the log cannot be vouched for, and go out of service."""
+        with self.lock:
+            if self.failure is not None:
+                return
+            try:
+                self._persist(after_damage(self.acceptor.state, error.good_end))
+            except BaseException as e:
+                self._fail(e)
+                raise
+            self._fail(error)
 
     def _update_metrics(self) -> None:
         self.metrics.positions = (self.acceptor.commit_lsn, self.acceptor.flush_lsn)
@@ -266,7 +363,7 @@ class Timeline:
 
         Raises WalStorageError, OSError.
         """
-        return WalReader(self.kept, start_lsn, self.begin_lsn())
+        return WalReader(self.kept, start_lsn, self.begin_lsn(), self.wal_end.recent)
 
     # ---- which WAL is here
 
@@ -275,12 +372,6 @@ class Timeline:
         """The commit LSN that will be known after a crash at any moment from now on."""
         with self.lock:
             return self.acceptor.state.commit_lsn
-
-    @property
-    def origin_lsn(self) -> int:
-        """Where the timeline's WAL begins, wherever it is; 0 while that is not known."""
-        history = self.acceptor.state.term_history
-        return history[0].lsn if history else 0
 
     def oldest_lsn(self) -> int:
         """Where WAL begins here, 0 if there is none. Raises WalStorageError, OSError."""
@@ -292,7 +383,7 @@ class Timeline:
         Raises WalStorageError, OSError.
         """
         oldest = self.oldest_lsn()
-        return oldest if normalize_lsn(oldest) > normalize_lsn(self.origin_lsn) else 0
+        return oldest if normalize_lsn(oldest) > normalize_lsn(self.wal_begin_lsn) else 0
 
     def wal_needs(self, *, remote_consistent: bool, keep_size: int) -> WalNeeds:
         """Up to where WAL is wherever it may be needed, as far as that will be known after a crash.
@@ -350,6 +441,11 @@ class Timeline:
     def feedback(self) -> ZenithFeedback:
         """What the most advanced pageserver reported last, connected or not."""
         return self._feedback
+
+    @property
+    def hs_feedback(self) -> HotStandbyFeedback:
+        """The standbys' reports, combined."""
+        return self._hs_feedback
 
     def record_feedback(self, feedback: ZenithFeedback) -> None:
         """Take a pageserver's report; that of the one which has received more wins."""

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from safekeeper import control_file, delivery
-from safekeeper.consensus import ControlState
+from safekeeper.consensus import ControlState, PeerInfo
 from safekeeper.control_file import ControlFileError
 from safekeeper.delivery import DeliveryFileError
+from safekeeper.identity import INSTANCE_SIZE
 from safekeeper.metrics import SafekeeperMetrics
 from safekeeper.remote_wal import RemoteWal
 from safekeeper.timeline import Timeline
+from safekeeper.timeline_registry import TimelineRegistry
 from zenith_utils.durable import fsync_dir
 from zenith_utils.ids import IdParseError, TenantId, TenantTimelineId, TimelineId
+from zenith_utils.thread_priority import become_background
 
 logger = logging.getLogger(__name__)
 
@@ -38,21 +41,32 @@ class Timelines:
         metrics: SafekeeperMetrics,
         *,
         sync: bool,
+        instance: bytes = bytes(INSTANCE_SIZE),
         remote: RemoteWal | None = None,
     ) -> None:
-        """`remote` is where WAL is offloaded to, if it is."""
+        """`instance` is that of the data directory; WAL is offloaded to `remote`, if it is.
+
+        Raises RegistryError, OSError.
+        """
         self._directory = directory
         self._metrics = metrics
+        self.instance = instance
         self._sync = sync
         self._remote = remote
         self._lock = threading.Lock()
         self._loaded: dict[TenantTimelineId, Timeline] = {}
         self._helper = ThreadPoolExecutor(2, thread_name_prefix="wal-segments")
+        self._checker = ThreadPoolExecutor(
+            1, thread_name_prefix="check-wal", initializer=become_background
+        )
+        present = [timeline_id for timeline_id, _ in self.on_disk()]
+        self._registry = TimelineRegistry(directory, present, sync=sync)
 
     def get(self, timeline_id: TenantTimelineId) -> Timeline:
         """The timeline, loaded if need be.
 
-        Raises TimelineNotFoundError, TimelineFailedError, ControlFileError, WalStorageError.
+        Raises TimelineNotFoundError, TimelineFailedError, ControlFileError, WalStorageError,
+        RegistryError, OSError.
         """
         with self._lock:
             timeline = self._loaded.get(timeline_id)
@@ -71,17 +85,24 @@ class Timelines:
             except TimelineExistsError:
                 return self.get(timeline_id)
 
-    def create(self, timeline_id: TenantTimelineId) -> Timeline:
-        """Create an empty timeline durably. Raises TimelineExistsError, OSError."""
+    def create(self, timeline_id: TenantTimelineId, peer_ids: Sequence[int] = ()) -> Timeline:
+        """Create an empty timeline durably, on this and some other safekeepers.
+
+        Raises TimelineExistsError, OSError.
+        """
         with self._lock:
             directory = self._path(timeline_id)
-            if (directory / control_file.CONTROL_FILE_NAME).exists():
+            known = self._registry.term(timeline_id) is not None
+            if known or (directory / control_file.CONTROL_FILE_NAME).exists():
                 raise TimelineExistsError(f"timeline {timeline_id} already exists")
             directory.mkdir(parents=True, exist_ok=True)
-            control_file.store(directory, ControlState(*timeline_id), sync=self._sync)
+            peers = tuple((peer, PeerInfo(0, 0, 0, 0)) for peer in peer_ids)
+            state = ControlState(*timeline_id, peers=peers)
+            control_file.store(directory, state, sync=self._sync)
             if self._sync:
                 fsync_dir(directory.parent)
                 fsync_dir(self._directory)
+            self._registry.note(timeline_id, 0)
             logger.info("created timeline %s", timeline_id)
             return self._load(timeline_id, None)
 
@@ -101,7 +122,7 @@ class Timelines:
                 logger.error("cannot tell whether WAL is to be delivered: %s", e)
 
     def on_disk(self) -> Iterator[tuple[TenantTimelineId, Path]]:
-        """All timelines with their directories, loaded or not."""
+        """The timelines that have a directory with a control file, and it; loaded or not."""
         for path in sorted(self._directory.glob(f"*/*/{control_file.CONTROL_FILE_NAME}")):
             try:
                 timeline_id = TenantTimelineId(
@@ -120,6 +141,21 @@ class Timelines:
             timeline = self._loaded.get(timeline_id)
         if timeline is not None:
             timeline.delivered(connstr, flush_lsn, remote_lsn)
+
+    def states(self) -> list[ControlState]:
+        """The durable state of every timeline; recovering where it cannot be read."""
+        loaded = {timeline.id: timeline.acceptor.state for timeline in self.loaded()}
+        states = []
+        for timeline_id in self._registry.timelines():
+            state = loaded.get(timeline_id)
+            if state is None:
+                try:
+                    path = self._path(timeline_id) / control_file.CONTROL_FILE_NAME
+                    state = control_file.load(path)
+                except (ControlFileError, OSError):
+                    state = ControlState(*timeline_id, recovering=True)
+            states.append(state)
+        return states
 
     def loaded(self) -> list[Timeline]:
         """The timelines in memory."""
@@ -143,6 +179,8 @@ class Timelines:
                 timeline_id,
                 self._path(timeline_id),
                 self._metrics.timeline(timeline_id),
+                registry=self._registry,
+                instance=self.instance,
                 sync=self._sync,
                 helper=self._helper,
                 remote=self._remote,
@@ -150,6 +188,7 @@ class Timelines:
         except FileNotFoundError as e:
             raise TimelineNotFoundError(f"timeline {timeline_id} is not on this safekeeper") from e
         self._loaded[timeline_id] = timeline
+        self._checker.submit(timeline.check_all_wal)
         return timeline
 
     def _path(self, timeline_id: TenantTimelineId) -> Path:

@@ -1,6 +1,7 @@
 from typing_extensions import Buffer
 
 from postgres_ffi.wal_decoder import WalDecoder
+from safekeeper.recent_wal import RecentWal
 
 class WalEnd:
     dirty: bool
@@ -21,5 +22,7 @@ class WalEnd:
     def segno(self) -> int: ...
     @property
     def write_lsn(self) -> int: ...
+    @property
+    def recent(self) -> RecentWal: ...
     @property
     def record_end(self) -> int: ...

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from postgres_ffi.wal_format import WAL_SEGMENT_SIZE, parse_wal_file_name, wal_file_name
+from safekeeper.recent_wal import RecentWal
 from zenith_utils.durable import fsync_dir
 from zenith_utils.lsn import lsn_text
 
@@ -52,6 +53,16 @@ def list_segments(directory: Path) -> list[tuple[int, bool]]:
             raise WalStorageError(f"both {entry.path} and its partial or complete twin exist")
         found[parsed[1]] = partial
     return sorted(found.items())
+
+
+def list_segment_files(directory: Path) -> list[tuple[int, Path]]:
+    """(segment number, path) of all segment files, ascending; of doubles both."""
+    found = []
+    for path in directory.iterdir():
+        parsed = parse_wal_file_name(path.name.removesuffix(PARTIAL_SUFFIX))
+        if parsed is not None:
+            found.append((parsed[1], path))
+    return sorted(found)
 
 
 def remove_leftovers(directory: Path) -> None:
@@ -106,27 +117,52 @@ def open_segment(directory: Path, segno: int, flags: int = os.O_RDONLY) -> int |
     return None
 
 
+class WalUnreadableError(WalStorageError):
+    """A segment that is there cannot be read, or not to its end."""
+
+
+class WalDamagedError(WalStorageError):
+    """WAL that was durable here is no longer what it was."""
+
+    def __init__(self, message: str, good_end: int) -> None:
+        """`good_end`: end of the last record before the damage, a record boundary; 0 if none."""
+        super().__init__(message)
+        self.good_end = good_end
+
+
 class SegmentReader:
     """Reads WAL by position; keeps the segment read last open. Not for use by two threads."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, recent: RecentWal | None = None) -> None:
+        """`recent` has the WAL that was written last, if anybody keeps that in memory."""
         self._directory = directory
+        self._recent = recent
         self._segno = -1
         self._fd = -1
 
     def read(self, lsn: int, size: int) -> bytes:
         """Up to `size` bytes from `lsn`, cut at the end of its segment file.
 
-        Raises WalMissingError if there is no such segment.
+        Raises WalMissingError if there is no such segment, WalUnreadableError.
         """
         segno, offset = divmod(lsn, WAL_SEGMENT_SIZE)
+        if self._recent is not None:
+            recent = self._recent.read(lsn, min(size, WAL_SEGMENT_SIZE - offset))
+            if recent is not None:
+                return recent
         if segno != self._segno:
             self._close_segment()
             self._fd = self._open(lsn)
             self._segno = segno
-        data = os.pread(self._fd, min(size, WAL_SEGMENT_SIZE - offset), offset)
+        try:
+            data = os.pread(self._fd, min(size, WAL_SEGMENT_SIZE - offset), offset)
+        except OSError as e:
+            raise WalUnreadableError(
+                f"cannot read segment {wal_file_name(_TLI, segno)} in {self._directory} at "
+                f"offset {offset}: {e.strerror}"
+            ) from e
         if not data:
-            raise WalStorageError(
+            raise WalUnreadableError(
                 f"segment {wal_file_name(_TLI, segno)} in {self._directory} is cut short at "
                 f"offset {offset}, its size should be {WAL_SEGMENT_SIZE}"
             )

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from postgres_ffi.wal_format import WAL_SEGMENT_SIZE, normalize_lsn, wal_file_name
+from safekeeper.recent_wal import RecentWal
 from safekeeper.remote_wal import RemoteWal
 from safekeeper.wal_files import FETCH_PREFIX, SegmentReader, WalMissingError, open_segment
 from safekeeper.wal_removal import HOLDER_SAFEKEEPERS, first_wal_lsn
@@ -59,6 +60,12 @@ class KeptWal:
         with self._lock:
             self._first_lsn = max(self._first_lsn, (segno + 1) * WAL_SEGMENT_SIZE)
 
+    def restarted(self) -> None:
+        """The log was cut, and may begin elsewhere now: look again what is here, and stored."""
+        with self._lock:
+            self._first_lsn = 0
+            self.offload_lsn = 0
+
     def lowest_reader(self) -> int | None:
         """The lowest LSN at which somebody reads, None if nobody does."""
         with self._lock:
@@ -81,9 +88,14 @@ class WalReader(SegmentReader):
     WAL from its position on is kept until it is closed.
     """
 
-    def __init__(self, kept: KeptWal, start_lsn: int, begin_lsn: int) -> None:
-        """Read from `start_lsn`; what this safekeeper has of the timeline begins at `begin_lsn`."""
-        super().__init__(kept.directory)
+    def __init__(
+        self, kept: KeptWal, start_lsn: int, begin_lsn: int, recent: RecentWal | None = None
+    ) -> None:
+        """Read from `start_lsn`; what this safekeeper has of the timeline begins at `begin_lsn`.
+
+        `recent` has the WAL that was written last.
+        """
+        super().__init__(kept.directory, recent)
         self.position = start_lsn
         """All below is done with."""
         self.progress: Callable[[], None] = lambda: None

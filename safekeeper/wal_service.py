@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from postgres_ffi.wal_format import WAL_SEGMENT_SIZE
 from safekeeper.callmemaybe import CallMeMaybe
 from safekeeper.control_file import ControlFileError
+from safekeeper.json_ctrl import append_logical_message, parse_request
 from safekeeper.receive_wal import PushSession
 from safekeeper.send_wal import StreamDone, WalSender
 from safekeeper.timeline import Timeline, TimelineFailedError
+from safekeeper.timeline_registry import RegistryError
 from safekeeper.timelines import TimelineNotFoundError, Timelines
 from safekeeper.wal_files import WalStorageError
 from zenith_utils.ids import IdParseError, TenantId, TenantTimelineId, TimelineId
@@ -27,9 +31,13 @@ from zenith_utils.postgres_backend import (
 from zenith_utils.postgres_connection import INT4_OID
 
 RECOVERY_APPLICATION = "wal_proposer_recovery"
+STANDBY_APPLICATION = "zenith_hot_standby"
 
 _PUSH = re.compile(r"START_WAL_PUSH(?: (?P<connstr>.+))?", re.DOTALL)
-_REPLICATE = re.compile(r"START_REPLICATION (?:PHYSICAL )?(?P<lsn>[0-9A-Fa-f]+/[0-9A-Fa-f]+)")
+_REPLICATE = re.compile(
+    r"START_REPLICATION (?:PHYSICAL )?(?P<lsn>[0-9A-Fa-f]+/[0-9A-Fa-f]+)(?: TIMELINE 1)?"
+)
+_JSON_CTRL = re.compile(r"JSON_CTRL(?: (?P<request>.*))?", re.DOTALL)
 _FIRST_PROPOSER_POLL = 1.0
 
 
@@ -68,6 +76,8 @@ class WalServiceHandler:
                 self._replicate(conn, Lsn.parse(match["lsn"]))
             elif command == "IDENTIFY_SYSTEM":
                 self._identify(conn)
+            elif match := _JSON_CTRL.fullmatch(command):
+                self._json_ctrl(conn, match["request"] or "")
             elif is_set_statement(command):
                 conn.send_command_complete()
             else:
@@ -76,6 +86,7 @@ class WalServiceHandler:
             TimelineNotFoundError,
             TimelineFailedError,
             ControlFileError,
+            RegistryError,
             WalStorageError,
             LsnParseError,
         ) as e:
@@ -119,11 +130,21 @@ class WalServiceHandler:
         system_id = str(timeline.acceptor.state.server.system_id)
         conn.send_result(columns, [(system_id, 1, lsn_text(timeline.flush_lsn), None)])
 
+    def _json_ctrl(self, conn: Connection, text: str) -> None:
+        timeline_id = self._timeline_id()
+        request = parse_request(text)
+        timeline = self._service.timelines.get_or_create(timeline_id)
+        answer = append_logical_message(timeline, request)
+        conn.send_result([Column("json")], [(json.dumps(answer),)])
+
     def _replicate(self, conn: Connection, start_lsn: int) -> None:
         timeline_id = self._timeline_id()
         timeline = self._service.timelines.get(timeline_id)
         if self._params.get("application_name") == RECOVERY_APPLICATION:
             self._recover(conn, timeline, start_lsn)
+            return
+        if self._params.get("application_name") == STANDBY_APPLICATION:
+            self._feed_standby(conn, timeline, start_lsn)
             return
         pageserver = self._required("pageserver_connstr", "pageserver_connstr is required")
         callmemaybe = self._service.callmemaybe
@@ -154,6 +175,18 @@ class WalServiceHandler:
         except ValueError as e:
             raise QueryError(f"invalid zterm {term!r}: expected a term number") from e
         WalSender(conn, timeline).stream_for_recovery(start_lsn, wanted)
+
+    def _feed_standby(self, conn: Connection, timeline: Timeline, start_lsn: int) -> None:
+        """Stream to a hot standby, which asks for whole segments (RequestXLogStreaming()).
+
+        Of the segment that the timeline begins in there is only the rest. A standby has the
+        headers of the pages before from its base backup, and takes what comes where it belongs.
+        """
+        begin = timeline.wal_begin_lsn
+        if start_lsn < begin and start_lsn // WAL_SEGMENT_SIZE == begin // WAL_SEGMENT_SIZE:
+            start_lsn = begin
+        WalSender(conn, timeline, standby=True).stream(start_lsn)
+        conn.send_command_complete()
 
     def _wait_for_first_proposer(self, conn: Connection, timeline: Timeline) -> None:
         """WAL has no known segment size before a proposer has told it."""

@@ -7,6 +7,7 @@ called under the timeline's lock; reading goes through SegmentReader without it.
 
 from __future__ import annotations
 
+import errno
 import os
 from concurrent.futures import Executor, Future
 from pathlib import Path
@@ -84,14 +85,21 @@ class WalStorage:
         # What was received behind the last record's end was never answered for.
         self._cut(end, (end // WAL_SEGMENT_SIZE + 1) * WAL_SEGMENT_SIZE)
 
-    def truncate(self, lsn: int, magic: int) -> None:
-        """Durably drop everything at and behind `lsn`, a record boundary; writing goes on there."""
+    def truncate(self, lsn: int, magic: int, *, may_skip: bool = False) -> None:
+        """Durably drop everything at and behind `lsn`, a record boundary; writing goes on there.
+
+        With `may_skip` it may lie behind the end: everything is dropped then, and WAL begins anew.
+        """
         self._magic = magic
         end = self.end
         if self.flush_lsn and lsn > end.write_lsn:
-            raise WalStorageError(
-                f"cannot truncate WAL to {lsn_text(lsn)}: it ends at {lsn_text(end.write_lsn)}"
-            )
+            if not may_skip:
+                raise WalStorageError(
+                    f"cannot truncate WAL to {lsn_text(lsn)}: it ends at {lsn_text(end.write_lsn)}"
+                )
+            end.flush_lsn = 0
+            self._cut(lsn, end.write_lsn)
+            return
         self.flush()
         end.flush_lsn = min(end.flush_lsn, lsn)
         if end.write_lsn != lsn:
@@ -158,16 +166,26 @@ class WalStorage:
                     segment_path(self.directory, old, partial=False)
                 )
         created = self._wait_for_next()
-        fd = open_segment(self.directory, segno, os.O_RDWR)
+        fd = self._open_to_write(segno)
         if fd is None:
             create_segment(self.directory, segno, sync=self._sync)
-            fd = open_segment(self.directory, segno, os.O_RDWR)
+            fd = self._open_to_write(segno)
             created = segno
         assert fd is not None
         self.end.use_segment(fd, segno)
         if created <= segno:
             future = self._helper.submit(create_segment, self.directory, segno + 1, sync=self._sync)
             self._next = (segno + 1, future)
+
+    def _open_to_write(self, segno: int) -> int | None:
+        if self._sync:
+            try:
+                return open_segment(self.directory, segno, os.O_RDWR | os.O_DIRECT)
+            except OSError as e:
+                if e.errno != errno.EINVAL:
+                    raise
+                # This file system knows no direct I/O: through the page cache then.
+        return open_segment(self.directory, segno, os.O_RDWR)
 
     def _wait_for_next(self) -> int:
         """Wait until no segment is being created; number of the one that was, -1 if none."""

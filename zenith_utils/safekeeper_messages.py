@@ -3,7 +3,27 @@
 Each message is the payload of one CopyData of a ``START_WAL_PUSH`` session. All integers are
 little-endian, only the feedback inside an AppendResponse is big-endian. The first 8 bytes are the
 tag: an ASCII code in the lowest byte of a u64. Decoders take any buffer and raise MessageError
-for whatever a correct peer cannot have sent; they never read outside the buffer.
+for whatever a correct peer cannot have sent; they never read outside the buffer, and check counts
+against the size of the message before they make anything of them.
+
+| Message | Layout (after the tag) |
+|---|---|
+| ProposerGreeting | u32 protocol version, u32 server version, 16 proposer's id, |
+|  | u64 system identifier, 16 timeline, 16 tenant, u32 tli, u32 segment size, |
+|  | 16 instance, u64 established |
+| VoteRequest | u64 term, 16 proposer's id, u64 generation |
+| ProposerElected | u64 term, u64 start of the stream, u32 n, n x (u64 term, u64 LSN), |
+|  | u64 generation, u64 recovered LSN |
+| AppendRequest | u64 term, u64 epoch start, u64 begin, u64 end, u64 commit LSN, u64 horizon, |
+|  | 16 proposer's id, WAL [begin, end) |
+| AcceptorGreeting | u64 term, 16 instance, u64 1 if it is recovering |
+| VoteResponse | u64 term, u64 1 if the vote is given, u64 flush LSN, u64 horizon, u32 n, |
+|  | n x (u64 term, u64 LSN), u64 generation, u64 established, u64 1 if it is recovering |
+| AppendResponse | u64 term, u64 flush LSN, u64 commit LSN, i64 timestamp, u64 xmin, |
+|  | u64 catalog xmin, the pageserver's feedback |
+
+Of a greeting of another protocol version only the part before the instance is read: enough to
+refuse it with a clear error.
 """
 
 from __future__ import annotations
@@ -20,7 +40,7 @@ from typing_extensions import Buffer
 from zenith_utils.ids import TenantId, TimelineId
 from zenith_utils.zenith_feedback import FeedbackError, ZenithFeedback
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 MAX_SEND_SIZE: Final = 131072
 """Most WAL bytes in one AppendRequest, and in one XLogData of a stream."""
 NO_XMIN: Final = 0xFFFF_FFFF_FFFF_FFFF
@@ -34,12 +54,16 @@ TAG_APPEND: Final = ord("a")
 
 _TAG = struct.Struct("<Q")
 _PROPOSER_GREETING = struct.Struct("<QII16sQ16s16sII")
+_GREETING_TAIL = struct.Struct("<16sQ")
 _VOTE_REQUEST = struct.Struct("<QQ")
 _VOTE_REQUEST_ID = struct.Struct("<QQ16s")
+_VOTE_REQUEST_GENERATION = struct.Struct("<QQ16sQ")
 _ELECTED = struct.Struct("<QQQI")
+_ELECTED_TAIL = struct.Struct("<QQ")
 _APPEND_REQUEST = struct.Struct("<QQQQQQQ16s")
-_ACCEPTOR_GREETING = struct.Struct("<QQ")
+_ACCEPTOR_GREETING = struct.Struct("<QQ16sQ")
 _VOTE_RESPONSE = struct.Struct("<QQQQQI")
+_VOTE_RESPONSE_TAIL = struct.Struct("<QQQ")
 _APPEND_RESPONSE = struct.Struct("<QQQQ")
 _HS_FEEDBACK = struct.Struct("<qQQ")
 _TERM_LSN = struct.Struct("<QQ")
@@ -78,7 +102,11 @@ def last_term(history: TermHistory, lsn: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class ProposerGreeting:
-    """First message of a session; `system_id` is 0 while the proposer does not know it."""
+    """First message of a session; later ones tell news, and ask whether all is as it was.
+
+    `system_id` is 0 while the proposer does not know it, `instance` zeros if it talks to any;
+    `established` is the highest generation that it knows to be established.
+    """
 
     pg_version: int
     proposer_id: bytes
@@ -87,11 +115,13 @@ class ProposerGreeting:
     tenant_id: TenantId
     tli: int
     wal_seg_size: int
+    instance: bytes = bytes(16)
+    established: int = 0
     protocol_version: int = PROTOCOL_VERSION
 
     def encode(self) -> bytes:
-        """The 80 bytes of the message."""
-        return _PROPOSER_GREETING.pack(
+        """The 104 bytes of the message."""
+        head = _PROPOSER_GREETING.pack(
             TAG_GREETING,
             self.protocol_version,
             self.pg_version,
@@ -102,34 +132,43 @@ class ProposerGreeting:
             self.tli,
             self.wal_seg_size,
         )
+        return head + _GREETING_TAIL.pack(self.instance, self.established)
 
 
 @dataclass(frozen=True, slots=True)
 class VoteRequest:
-    """Asks for a vote in `term`."""
+    """Asks for a vote in `term`, for the leader of a generation of safekeepers."""
 
     term: int
     proposer_id: bytes = bytes(16)
+    generation: int = 0
 
     def encode(self) -> bytes:
-        """The 32 bytes of the message."""
-        return _VOTE_REQUEST_ID.pack(TAG_VOTE, self.term, self.proposer_id)
+        """The 40 bytes of the message."""
+        return _VOTE_REQUEST_GENERATION.pack(TAG_VOTE, self.term, self.proposer_id, self.generation)
 
 
 @dataclass(frozen=True, slots=True)
 class ProposerElected:
-    """Announces the leader of `term`, its history, and where its stream to this acceptor starts."""
+    """Announces the leader of `term`, its history, and where its stream to this acceptor starts.
+
+    An acceptor that is recovering is an ordinary one again when its log reaches `recovered_lsn`;
+    0 tells one that is not.
+    """
 
     term: int
     start_streaming_at: int
     term_history: TermHistory
+    generation: int = 0
+    recovered_lsn: int = 0
 
     def encode(self) -> bytes:
-        """The 28 + 16 n bytes of the message."""
+        """The 44 + 16 n bytes of the message."""
         head = _ELECTED.pack(
             TAG_ELECTED, self.term, self.start_streaming_at, len(self.term_history)
         )
-        return head + _encode_history(self.term_history)
+        tail = _ELECTED_TAIL.pack(self.generation, self.recovered_lsn)
+        return head + _encode_history(self.term_history) + tail
 
 
 class AppendRequest(NamedTuple):
@@ -156,24 +195,33 @@ class AcceptorGreeting:
     """Answer to a greeting."""
 
     term: int
+    instance: bytes = bytes(16)
+    recovering: bool = False
 
     def encode(self) -> bytes:
-        """The 16 bytes of the message."""
-        return _ACCEPTOR_GREETING.pack(TAG_GREETING, self.term)
+        """The 40 bytes of the message."""
+        return _ACCEPTOR_GREETING.pack(TAG_GREETING, self.term, self.instance, self.recovering)
 
 
 @dataclass(frozen=True, slots=True)
 class VoteResponse:
-    """Answer to a vote request. The history is cut to switches at or before `flush_lsn`."""
+    """Answer to a vote request. The history is cut to switches at or before `flush_lsn`.
+
+    `generation` and `established` are the highest ones that the acceptor has followed a leader of,
+    and knows to be established.
+    """
 
     term: int
     vote_given: bool
     flush_lsn: int
     truncate_lsn: int
     term_history: TermHistory
+    generation: int = 0
+    established: int = 0
+    recovering: bool = False
 
     def encode(self) -> bytes:
-        """The 44 + 16 n bytes of the message."""
+        """The 68 + 16 n bytes of the message."""
         head = _VOTE_RESPONSE.pack(
             TAG_VOTE,
             self.term,
@@ -182,7 +230,8 @@ class VoteResponse:
             self.truncate_lsn,
             len(self.term_history),
         )
-        return head + _encode_history(self.term_history)
+        tail = _VOTE_RESPONSE_TAIL.pack(self.generation, self.established, self.recovering)
+        return head + _encode_history(self.term_history) + tail
 
 
 class HotStandbyFeedback(NamedTuple):
@@ -251,7 +300,8 @@ def parse_proposer_message(data: Buffer) -> ProposerMessage:
             return _parse_vote_request(view)
         if tag == TAG_ELECTED:
             _, term, start, count = _ELECTED.unpack_from(view)
-            return ProposerElected(term, start, _parse_history(view, _ELECTED.size, count))
+            history, tail = _parse_history(view, _ELECTED.size, count, _ELECTED_TAIL)
+            return ProposerElected(term, start, history, *tail)
     except struct.error as e:
         raise MessageError(f"message {chr(tag)!r} of {len(view)} bytes is cut short") from e
     raise MessageError(f"unknown proposer message tag {tag}")
@@ -270,11 +320,22 @@ def parse_acceptor_message(data: Buffer) -> AcceptorMessage:
             return AppendResponse(term, flush, commit, hs, feedback)
         if tag == TAG_VOTE:
             _, term, given, flush, truncate, count = _VOTE_RESPONSE.unpack_from(view)
-            history = _parse_history(view, _VOTE_RESPONSE.size, count)
-            return VoteResponse(term, _flag(given), flush, truncate, history)
+            history, tail = _parse_history(view, _VOTE_RESPONSE.size, count, _VOTE_RESPONSE_TAIL)
+            generation, established, recovering = tail
+            return VoteResponse(
+                term,
+                _flag("vote_given", given),
+                flush,
+                truncate,
+                history,
+                generation,
+                established,
+                _flag("recovering", recovering),
+            )
         if tag == TAG_GREETING:
             _expect_size(view, _ACCEPTOR_GREETING.size, "AcceptorGreeting")
-            return AcceptorGreeting(_ACCEPTOR_GREETING.unpack_from(view)[1])
+            _, term, instance, recovering = _ACCEPTOR_GREETING.unpack_from(view)
+            return AcceptorGreeting(term, instance, _flag("recovering", recovering))
     except struct.error as e:
         raise MessageError(f"message {chr(tag)!r} of {len(view)} bytes is cut short") from e
     raise MessageError(f"unknown acceptor message tag {tag}")
@@ -290,10 +351,13 @@ def message_tag(data: Buffer) -> int:
 
 
 def _parse_greeting(view: memoryview) -> ProposerGreeting:
-    _expect_size(view, _PROPOSER_GREETING.size, "ProposerGreeting")
     _, version, pg_version, proposer, system_id, timeline, tenant, tli, seg_size = (
         _PROPOSER_GREETING.unpack_from(view)
     )
+    instance, established = bytes(16), 0
+    if version == PROTOCOL_VERSION:
+        _expect_size(view, _PROPOSER_GREETING.size + _GREETING_TAIL.size, "ProposerGreeting")
+        instance, established = _GREETING_TAIL.unpack_from(view, _PROPOSER_GREETING.size)
     return ProposerGreeting(
         pg_version,
         proposer,
@@ -302,12 +366,17 @@ def _parse_greeting(view: memoryview) -> ProposerGreeting:
         TenantId(tenant),
         tli,
         seg_size,
+        instance,
+        established,
         version,
     )
 
 
 def _parse_vote_request(view: memoryview) -> VoteRequest:
-    """Only the term is required; the proposer's id and anything behind it may be missing."""
+    """Only the term is required; what is missing behind it is zero."""
+    if len(view) >= _VOTE_REQUEST_GENERATION.size:
+        _, term, proposer, generation = _VOTE_REQUEST_GENERATION.unpack_from(view)
+        return VoteRequest(term, proposer, generation)
     if len(view) >= _VOTE_REQUEST_ID.size:
         _, term, proposer = _VOTE_REQUEST_ID.unpack_from(view)
         return VoteRequest(term, proposer)
@@ -318,12 +387,16 @@ def _encode_history(history: Sequence[TermLsn]) -> bytes:
     return b"".join(_TERM_LSN.pack(*entry) for entry in history)
 
 
-def _parse_history(view: memoryview, offset: int, count: int) -> TermHistory:
-    if count > MAX_HISTORY or len(view) != offset + count * _TERM_LSN.size:
+def _parse_history(
+    view: memoryview, offset: int, count: int, tail: struct.Struct
+) -> tuple[TermHistory, tuple[int, ...]]:
+    """The history of `count` entries at `offset`, and the fields behind it."""
+    end = offset + count * _TERM_LSN.size
+    if count > MAX_HISTORY or len(view) != end + tail.size:
         raise MessageError(f"term history of {count} entries in a message of {len(view)} bytes")
-    history = tuple(TermLsn._make(entry) for entry in _TERM_LSN.iter_unpack(view[offset:]))
+    history = tuple(TermLsn._make(entry) for entry in _TERM_LSN.iter_unpack(view[offset:end]))
     check_history(history)
-    return history
+    return history, tail.unpack_from(view, end)
 
 
 def check_history(history: TermHistory) -> None:
@@ -333,9 +406,9 @@ def check_history(history: TermHistory) -> None:
             raise MessageError(f"term history is out of order: {older} before {newer}")
 
 
-def _flag(value: int) -> bool:
+def _flag(name: str, value: int) -> bool:
     if value > 1:
-        raise MessageError(f"vote_given is {value}, neither 0 nor 1")
+        raise MessageError(f"{name} is {value}, neither 0 nor 1")
     return bool(value)
 
 

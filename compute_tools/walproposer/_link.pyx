@@ -233,6 +233,8 @@ cdef class Link(EventHandler):
             except FeedbackError as e:
                 raise MessageError(f"AppendResponse: {e}") from e
             self._feedback_bytes = feedback
+        self._peer.standby_xmin = get64(payload + 40)
+        self._peer.standby_catalog_xmin = get64(payload + 48)
         if not self._quorum.acknowledge(
             self._peer, get64(payload + 8), get64(payload + 16), get64(payload + 24),
             self._feedback,

@@ -13,6 +13,8 @@ cdef class Peer:
     cdef public uint64_t flush_lsn
     cdef public uint64_t commit_lsn
     cdef public object feedback
+    cdef public uint64_t standby_xmin
+    cdef public uint64_t standby_catalog_xmin
 
 
 cdef class Quorum:
@@ -22,6 +24,8 @@ cdef class Quorum:
     cdef public uint64_t epoch_start_lsn
     cdef public uint64_t truncate_lsn
     cdef public uint64_t commit_lsn
+    cdef public bint established
+    cdef public tuple joint
     cdef bytes proposer_id
 
     cpdef bint acknowledge(
@@ -29,6 +33,7 @@ cdef class Quorum:
     ) noexcept
     cdef bint none_ahead(self) noexcept
     cdef void _advance(self) noexcept
+    cdef bint _by_joint(self, uint64_t lsn) noexcept
     cdef void write_append_header(
         self, uint8_t *header, uint64_t begin_lsn, uint64_t end_lsn
     ) noexcept

@@ -1,5 +1,6 @@
 from enum import Enum
 
+from compute_tools.walproposer.membership import Generation
 from zenith_utils.safekeeper_messages import VoteResponse
 from zenith_utils.zenith_feedback import ZenithFeedback
 
@@ -19,6 +20,8 @@ class Peer:
     flush_lsn: int
     commit_lsn: int
     feedback: ZenithFeedback
+    standby_xmin: int
+    standby_catalog_xmin: int
     def __init__(self) -> None: ...
 
 class Quorum:
@@ -26,6 +29,8 @@ class Quorum:
     epoch_start_lsn: int
     truncate_lsn: int
     commit_lsn: int
+    established: bool
+    joint: tuple[Generation, ...]
     def __init__(self, peer_count: int, proposer_id: bytes) -> None: ...
     @property
     def peers(self) -> list[Peer]: ...
@@ -34,4 +39,5 @@ class Quorum:
     def acknowledge(
         self, peer: Peer, term: int, flush_lsn: int, commit_lsn: int, feedback: ZenithFeedback
     ) -> bool: ...
+    def standby_horizon(self) -> tuple[int, int]: ...
     def append_header(self, begin_lsn: int, end_lsn: int) -> bytes: ...

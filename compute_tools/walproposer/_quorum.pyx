@@ -13,7 +13,7 @@ from zenith_utils.unaligned cimport put64
 
 from enum import Enum
 
-from zenith_utils.safekeeper_messages import NO_FEEDBACK
+from zenith_utils.safekeeper_messages import NO_FEEDBACK, NO_XMIN
 
 cdef enum:
     TAG_APPEND = 0x61
@@ -40,16 +40,23 @@ cdef class Peer:
 
     next_lsn: first byte not sent yet in this session, meaningful while STREAMING; flush_lsn:
     durable there in our term, as far as we know, also valid while offline; commit_lsn: persisted
-    commit LSN as last reported in our term.
+    commit LSN as last reported in our term; standby_xmin, standby_catalog_xmin: the oldest
+    transactions that its hot standbys need, with their epochs, NO_XMIN if none.
     """
 
     def __init__(self):
         self.state = _OFFLINE
         self.feedback = NO_FEEDBACK
+        self.standby_xmin = self.standby_catalog_xmin = NO_XMIN
 
 
 cdef class Quorum:
-    """The leader's term, and the acknowledgements of its peers."""
+    """The leader's term, and the acknowledgements of its peers.
+
+    established: a majority follows us, of the current generation and of all in `joint`, and has
+    WAL to the start of our epoch. Before that nothing is committed, after it the current one alone
+    decides: no leader of an earlier generation can be elected any more.
+    """
 
     def __init__(self, int peer_count, bytes proposer_id not None):
         if peer_count < 1:
@@ -59,6 +66,7 @@ cdef class Quorum:
         self.peers = [Peer() for _ in range(peer_count)]
         self.quorum = peer_count // 2 + 1
         self.proposer_id = proposer_id
+        self.joint = ()
 
     cpdef bint acknowledge(
         self, Peer peer, uint64_t term, uint64_t flush_lsn, uint64_t commit_lsn, feedback
@@ -89,12 +97,36 @@ cdef class Quorum:
             reached = 0
             for other in self.peers:
                 reached += other.flush_lsn >= peer.flush_lsn
-            if reached >= self.quorum:
+            if reached >= self.quorum and (self.established or self._by_joint(peer.flush_lsn)):
                 commit = peer.flush_lsn
         # WAL of older terms commits only together with reaching our own epoch (Raft's rule).
-        if commit >= self.epoch_start_lsn and commit > self.commit_lsn:
-            self.commit_lsn = commit
+        if commit and commit >= self.epoch_start_lsn:
+            self.established = True
+            if commit > self.commit_lsn:
+                self.commit_lsn = commit
         self.truncate_lsn = max(self.truncate_lsn, min(lowest, self.commit_lsn))
+
+    cdef bint _by_joint(self, uint64_t lsn) noexcept:
+        """Whether a majority of each earlier generation that still matters has WAL up to `lsn`."""
+        cdef int reached
+        for generation in self.joint:
+            reached = 0
+            for index in generation.members:
+                reached += (<Peer> self.peers[index]).flush_lsn >= lsn
+            if reached < generation.quorum:
+                return False
+        return True
+
+    def standby_horizon(self):
+        """The oldest (xmin, catalog xmin) that hot standbys of connected safekeepers need."""
+        cdef Peer peer
+        cdef uint64_t xmin = <uint64_t> -1
+        cdef uint64_t catalog_xmin = <uint64_t> -1
+        for peer in self.peers:
+            if peer.state is _STREAMING:
+                xmin = min(xmin, peer.standby_xmin)
+                catalog_xmin = min(catalog_xmin, peer.standby_catalog_xmin)
+        return xmin, catalog_xmin
 
     cdef bint none_ahead(self) noexcept:
         """Whether the next commit needs news from as many peers as are a quorum.

@@ -1,5 +1,5 @@
 # The path of a commit: see _relay.pyx.
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from compute_tools.walproposer._link cimport Link
 from compute_tools.walproposer._quorum cimport Peer, Quorum
@@ -25,6 +25,7 @@ cdef class Relay(EventHandler):
     cdef object _sock
     cdef int _fd
     cdef bint _readable
+    cdef tuple _told_horizon
 
     cdef int _receive(self) except -1
     cdef int _take(self, Py_ssize_t received) except -1
@@ -33,3 +34,4 @@ cdef class Relay(EventHandler):
     cpdef bint report(self, bint force=*) except -1
     cdef int _level(self) noexcept
     cdef int _send_status(self, uint64_t lsn) except -1
+    cdef int _send(self, const uint8_t *message, Py_ssize_t size) except -1

@@ -23,12 +23,15 @@ import os
 
 from compute_tools.walproposer._link import LinkError
 from compute_tools.walproposer._quorum import PeerState
+from zenith_utils.safekeeper_messages import NO_XMIN
 from zenith_utils.zenith_feedback import POSTGRES_EPOCH_MICROS
 
 cdef enum:
     STATUS_SIZE = 39
     COPY_DATA = 0x64
     STATUS_UPDATE = 0x72
+    STANDBY_FEEDBACK_SIZE = 30
+    STANDBY_FEEDBACK = 0x68
 
 cdef uint64_t NO_LIMIT = <uint64_t> -1
 # A commit LSN travels with the next WAL; if there is none so long, alone.
@@ -42,6 +45,21 @@ cdef double _now() noexcept nogil:
     cdef timespec time
     clock_gettime(CLOCK_MONOTONIC, &time)
     return time.tv_sec + time.tv_nsec * 1e-9
+
+
+cdef int64_t _postgres_now() noexcept nogil:
+    """The time as Postgres counts it."""
+    cdef timespec time
+    clock_gettime(CLOCK_REALTIME, &time)
+    return <int64_t> time.tv_sec * 1000000 + time.tv_nsec // 1000 - _EPOCH_MICROS
+
+
+cdef void _put_xid(uint8_t *p, uint64_t xid) noexcept:
+    """A transaction id, then its epoch; zeros for none."""
+    if xid == <uint64_t> -1:
+        xid = 0
+    put32_big(p, <uint32_t> xid)
+    put32_big(p + 4, <uint32_t> (xid >> 32))
 
 
 cdef class Member:
@@ -68,6 +86,7 @@ cdef class Relay(EventHandler):
         self._quorum = quorum
         self._listener = listener
         self._fd = -1
+        self._told_horizon = (NO_XMIN, NO_XMIN)
 
     # ---- the stream
 
@@ -185,21 +204,40 @@ cdef class Relay(EventHandler):
     cdef int _send_status(self, uint64_t lsn) except -1:
         """Standby status update: written, flushed and applied up to `lsn`. Whether it was sent."""
         cdef uint8_t[STATUS_SIZE] message
-        cdef timespec time
-        cdef ssize_t sent
-        clock_gettime(CLOCK_REALTIME, &time)
         message[0] = COPY_DATA
         put32_big(message + 1, <uint32_t> (STATUS_SIZE - 1))
         message[5] = STATUS_UPDATE
         put64_big(message + 6, lsn)
         put64_big(message + 14, lsn)
         put64_big(message + 22, lsn)
-        put64_big(
-            message + 30, <int64_t> time.tv_sec * 1000000 + time.tv_nsec // 1000 - _EPOCH_MICROS
-        )
+        put64_big(message + 30, <uint64_t> _postgres_now())
         message[38] = 0  # no answer is wanted
-        sent = send(self._fd, message, STATUS_SIZE, MSG_NOSIGNAL | MSG_DONTWAIT)
-        if sent == STATUS_SIZE:
+        return self._send(message, STATUS_SIZE)
+
+    def report_standbys(self):
+        """Tell Postgres which transactions hot standbys need if that has changed.
+
+        Its walsender keeps their horizon with its slot, so that vacuum spares what they read.
+        """
+        cdef uint8_t[STANDBY_FEEDBACK_SIZE] message
+        cdef uint64_t xmin, catalog_xmin
+        horizon = self._quorum.standby_horizon()
+        if self._fd < 0 or horizon == self._told_horizon:
+            return
+        xmin, catalog_xmin = horizon
+        message[0] = COPY_DATA
+        put32_big(message + 1, <uint32_t> (STANDBY_FEEDBACK_SIZE - 1))
+        message[5] = STANDBY_FEEDBACK
+        put64_big(message + 6, <uint64_t> _postgres_now())
+        _put_xid(message + 14, xmin)
+        _put_xid(message + 22, catalog_xmin)
+        if self._send(message, STANDBY_FEEDBACK_SIZE):
+            self._told_horizon = horizon
+
+    cdef int _send(self, const uint8_t *message, Py_ssize_t size) except -1:
+        """Send a message to Postgres. Whether it was sent."""
+        cdef ssize_t sent = send(self._fd, message, size, MSG_NOSIGNAL | MSG_DONTWAIT)
+        if sent == size:
             return 1
         if sent >= 0:
             # Half a message cannot be finished later without a buffer: start over instead.

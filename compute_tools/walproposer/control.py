@@ -1,8 +1,11 @@
 """The channel to the supervisor: one JSON object per line, commands on stdin, events on stdout.
 
 Events (LSNs as text, ``X/X``):
+- ``{"event": "campaign", "term": n}``: votes are about to be asked for.
+- ``{"event": "won", "term": n}``: a quorum has voted for it; nobody has been told yet.
 - ``{"event": "elected", "term": n, "epoch_start_lsn": "X/X", "bootstrap": bool}``: a quorum holds
   everything up to this LSN as committed. In a bootstrap it is ``0/0``: nothing was ever written.
+- ``{"event": "waiting", "message": "..."}``: there is no leader yet, because of this.
 - ``{"event": "streaming"}``: Postgres' WAL is flowing; commits are acknowledged from here on.
 - ``{"event": "status", "commit_lsn": "X/X", "feedback": {...}}``: at most once a second, when
   something has changed. The feedback is the most advanced pageserver's.
@@ -10,13 +13,18 @@ Events (LSNs as text, ``X/X``):
   what it sent was pushed; clean means that it has said goodbye with everything acknowledged.
 - ``{"event": "defeated", "term": n}``, exit code 3: another proposer was elected. Postgres must be
   stopped at once; none of its waiting commits will ever be acknowledged.
-- ``{"event": "fatal", "message": "..."}``, exit code 1.
+- ``{"event": "fatal", "message": "..."}``, exit code 1: Postgres cannot go on either.
+- Any other end, exit code 4 included, is that of this process only: another one, told on its
+  command line what terms were asked for and won so far, may take up the stream of the living
+  Postgres.
 
 Commands:
 - ``{"cmd": "start", "host": "...", "port": n, "user": "...", "start_lsn": "X/X"}``: after
-  "elected", when Postgres has been started on the state at this LSN.
-- ``{"cmd": "limits", "max_write_lag": n, "max_flush_lag": n}``: acknowledge no further than this
-  many bytes beyond what the pageserver has received, or made durable; 0 is no limit.
+  "elected", when Postgres has been started on the state at this LSN, or has run all the time and
+  its WAL is wanted from there on.
+- ``{"cmd": "limits", "max_write_lag": n, "max_flush_lag": n, "max_apply_lag": n}``: acknowledge no
+  further than this many bytes beyond what the pageserver has received, made durable, or uploaded;
+  0 is no limit.
 
 The end of stdin means that the supervisor is gone, and ends the process (once Postgres has ended,
 it finishes its work first).
@@ -71,10 +79,22 @@ class ControlChannel:
             commands.append(command)
         return commands
 
+    def campaign(self, term: int) -> None:
+        """Votes are about to be asked for."""
+        self._send(event="campaign", term=term)
+
+    def won(self, term: int) -> None:
+        """A quorum has voted."""
+        self._send(event="won", term=term)
+
     def elected(self, term: int, epoch_start_lsn: int, bootstrap: bool) -> None:
         """A quorum is brought to the same state."""
         lsn = lsn_text(epoch_start_lsn)
         self._send(event="elected", term=term, epoch_start_lsn=lsn, bootstrap=bootstrap)
+
+    def waiting(self, message: str) -> None:
+        """What keeps this from being elected."""
+        self._send(event="waiting", message=message)
 
     def streaming(self) -> None:
         """WAL is flowing."""

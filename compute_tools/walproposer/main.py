@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import signal
@@ -10,8 +11,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from compute_tools.safekeeper_membership import NOT_KNOWN, SafekeeperMembership
 from compute_tools.walproposer.config import Config
 from compute_tools.walproposer.control import ControlChannel
+from compute_tools.walproposer.core import Predecessors
 from compute_tools.walproposer.shell import Walproposer
 from zenith_utils.daemonize import AddressError, parse_address
 from zenith_utils.ids import TenantId, TimelineId
@@ -46,8 +49,23 @@ def _parse_arguments(argv: Sequence[str] | None) -> Config:
     add("--pageserver-connstr", help="what safekeepers call, a postgresql:// URL without '='")
     add("--pgdata", type=Path, help="data directory of Postgres, whose pg_wal helps laggards")
     add("--pg-version", type=int, default=0, help="server version number, as 150018")
+    add(
+        "--membership",
+        type=_membership,
+        default=NOT_KNOWN,
+        help="JSON: instances and generations of the safekeepers (safekeeper_membership.py)",
+    )
     add("--drain-timeout", type=float, default=10.0, help="seconds to push the last WAL")
+    add("--feedback-file", type=Path, help="where Postgres finds what the pageserver reports")
+    add("--own-terms", type=_terms, help="terms that earlier walproposers of this Postgres won")
+    add("--last-term", type=int, default=0, help="the highest term they asked for votes in")
+    add("--settle", action="store_true", help="establish the generation and leave: no Postgres")
     args = parser.parse_args(argv)
+    predecessors = None
+    if args.own_terms is not None:
+        predecessors = Predecessors(args.own_terms, max(args.last_term, *args.own_terms, 0))
+    if args.membership.members and len(args.membership.members) != len(args.safekeepers):
+        parser.error("--membership must have a member for each of --safekeepers")
     return Config(
         args.tenant,
         args.timeline,
@@ -56,7 +74,24 @@ def _parse_arguments(argv: Sequence[str] | None) -> Config:
         args.pgdata,
         args.pg_version,
         args.drain_timeout,
+        args.feedback_file,
+        predecessors,
+        args.membership,
+        args.settle,
     )
+
+
+def _terms(text: str) -> frozenset[int]:
+    return frozenset(int(part) for part in text.split(","))
+
+
+def _membership(text: str) -> SafekeeperMembership:
+    try:
+        membership = SafekeeperMembership.from_json(json.loads(text))
+        membership.for_proposer()
+    except (ValueError, TypeError, KeyError) as e:
+        raise argparse.ArgumentTypeError(f"not a membership of safekeepers: {e!r}") from e
+    return membership
 
 
 def _safekeepers(text: str) -> tuple[tuple[str, int], ...]:

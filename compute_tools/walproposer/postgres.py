@@ -24,8 +24,9 @@ logger = logging.getLogger(__name__)
 
 _START_TIMEOUT: Final = 60.0
 _RETRY: Final = 0.02
-# cannot_connect_now (starting up, shutting down), object_in_use (the slot's last user is going)
-_TRANSIENT: Final = ("57P03", "57P01", "55006")
+# cannot_connect_now (starting up, shutting down), object_in_use and too_many_connections (the last
+# user of the slot, or of the walsender, is going)
+_TRANSIENT: Final = ("57P03", "57P01", "55006", "53300")
 
 
 class StreamListener(Protocol):

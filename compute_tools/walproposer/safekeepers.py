@@ -7,7 +7,7 @@ back from pg_wal or from another safekeeper, so nobody's slowness costs memory.
 
 from __future__ import annotations
 
-import logging
+import math
 import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -20,8 +20,8 @@ from compute_tools.walproposer.config import Config
 from compute_tools.walproposer.core import Action, Announced, Phase, Proposer, Send
 from compute_tools.walproposer.link import copy_data_header, open_session
 from compute_tools.walproposer.loop import EventLoop
+from compute_tools.walproposer.member_log import MemberLog
 from compute_tools.walproposer.wal_source import PgWalReader, RecoveryReader
-from zenith_utils.lsn import lsn_text
 from zenith_utils.pq_client import PqError
 from zenith_utils.safekeeper_messages import (
     APPEND_HEADER_SIZE,
@@ -30,10 +30,10 @@ from zenith_utils.safekeeper_messages import (
     parse_acceptor_message,
 )
 
-logger = logging.getLogger(__name__)
-
 _RETRY_FIRST: Final = 0.05
 _RETRY_MOST: Final = 1.0
+# A session that has lasted so long was a good one: after its end there is no reason to wait.
+_SETTLED: Final = 5.0
 _SILENCE: Final = 15.0
 _RECOVERY_RETRY: Final = 0.2
 _COPY_DONE: Final = b"c\0\0\0\4"
@@ -46,10 +46,14 @@ class Safekeeper(Member):
         super().__init__(peer)
         self.index = index
         self.address = address
+        self.trouble = ""
+        """Why there is no session, or why the last one ended."""
         self.connecting = False
         self.retry_at = 0.0
         self.retry_delay = _RETRY_FIRST
+        self.connected_at = math.inf
         self.heard_at = 0.0
+        self.log = MemberLog(str(self))
         self.recovery: RecoveryReader | None = None
         self.recovery_at = 0.0
         self.recovery_failures = 0
@@ -57,6 +61,18 @@ class Safekeeper(Member):
 
     def __str__(self) -> str:
         return f"safekeeper {self.address[0]}:{self.address[1]}"
+
+    def back_off(self, now: float) -> None:
+        """A session, or an attempt at one, is over: when to try again.
+
+        The pauses get longer until a session has lasted: one that accepts us and fails each time
+        (its disk is full) is not driven to do that as fast as it can.
+        """
+        if now - self.connected_at >= _SETTLED:
+            self.retry_delay = _RETRY_FIRST
+        self.connected_at = math.inf
+        self.retry_at = now + self.retry_delay
+        self.retry_delay = min(2 * self.retry_delay, _RETRY_MOST)
 
 
 class SafekeeperPool:
@@ -69,16 +85,19 @@ class SafekeeperPool:
         loop: EventLoop,
         on_actions: Callable[[Iterable[Action]], None],
         on_feedback: Callable[[], None],
+        before_sending: Callable[[], None] = lambda: None,
     ) -> None:
         """`on_actions` gets the core's actions other than Send and Announced.
 
-        `on_feedback` is called when a pageserver's feedback has changed.
+        `on_feedback` is called when a pageserver's feedback has changed, `before_sending` before
+        the core's messages are sent.
         """
         self._config = config
         self._core = core
         self._loop = loop
         self._on_actions = on_actions
         self.on_feedback = on_feedback
+        self._before_sending = before_sending
         self._pg_wal = PgWalReader(config.pgdata) if config.pgdata is not None else None
         self.members = [
             Safekeeper(i, address, core.peers[i]) for i, address in enumerate(config.safekeepers)
@@ -114,17 +133,16 @@ class SafekeeperPool:
 
     def _connect_failed(self, member: Safekeeper, reason: str) -> None:
         member.connecting = False
-        if member.retry_delay == _RETRY_FIRST:
-            logger.warning("cannot connect to %s, will keep trying: %s", member, reason)
-        member.retry_at = time.monotonic() + member.retry_delay
-        member.retry_delay = min(2 * member.retry_delay, _RETRY_MOST)
+        member.trouble = reason
+        member.log.cannot_connect(reason)
+        member.back_off(time.monotonic())
 
     def _connected(self, member: Safekeeper, sock: socket.socket, received: bytes) -> None:
         link = Link(self._loop, sock, self._core, member.index, self)
         member.connecting = False
         member.link = link
-        member.heard_at = time.monotonic()
-        logger.info("connected to %s", member)
+        member.connected_at = member.heard_at = time.monotonic()
+        member.log.connected()
         self.perform(self._core.connected(member.index))
         try:
             if received and not link.closed:
@@ -136,22 +154,22 @@ class SafekeeperPool:
         link = member.link
         if link is None:
             return
-        logger.warning("session with %s ends: %s", member, reason)
+        member.log.lost(reason)
         link.close()
         member.link = None
+        member.trouble = reason
         self._stop_recovery(member)
-        was_streaming = member.peer.state is PeerState.STREAMING
         self._core.disconnected(member.index)
-        member.retry_delay = _RETRY_FIRST if was_streaming else max(member.retry_delay, 0.1)
-        member.retry_at = time.monotonic() + member.retry_delay
-        member.retry_delay = min(2 * member.retry_delay, _RETRY_MOST)
+        member.back_off(time.monotonic())
 
     def drop_silent(self, now: float) -> None:
         """End sessions that answer no heartbeats: the peer or the network is stuck."""
-        idle = (PeerState.GREETED, PeerState.VOTED)  # nothing was asked
+        idle = (PeerState.GREETED, PeerState.VOTED)  # nothing was asked but greetings
         for member in self.members:
+            member.log.tick()
             link = member.link
-            if member.peer.state in idle or (link is not None and link.heard):
+            quiet = member.peer.state in idle and not self._core.awaits_greeting(member.index)
+            if quiet or (link is not None and link.heard):
                 member.heard_at = now
                 if link is not None:
                     link.heard = False
@@ -163,7 +181,6 @@ class SafekeeperPool:
     def on_message(self, link: Link, payload: bytes) -> None:
         """A safekeeper has sent something that is to be thought about. Raises MessageError."""
         member = self._member(link)
-        member.retry_delay = _RETRY_FIRST
         self.perform(self._core.receive(member.index, parse_acceptor_message(payload)))
 
     def on_link_error(self, link: Link, reason: str) -> None:
@@ -176,6 +193,7 @@ class SafekeeperPool:
 
     def perform(self, actions: Sequence[Action]) -> None:
         """Carry out actions of the core."""
+        self._before_sending()
         rest = []
         for action in actions:
             if isinstance(action, Send):
@@ -183,7 +201,7 @@ class SafekeeperPool:
                 self._send(self.members[action.peer], copy_data_header(len(payload)) + payload)
             elif isinstance(action, Announced):
                 member = self.members[action.peer]
-                logger.info("streaming to %s from %s", member, lsn_text(member.peer.next_lsn))
+                member.log.following(member.peer.next_lsn)
                 self._stop_recovery(member)
                 self._heartbeat(member)
             else:
@@ -232,6 +250,8 @@ class SafekeeperPool:
                 and self._pump(member, end_lsn, now)
             ):
                 more = True
+            if peer.next_lsn >= end_lsn:
+                member.log.caught_up(peer.next_lsn)
         return more
 
     def _pump(self, member: Safekeeper, end_lsn: int, now: float) -> bool:
@@ -242,12 +262,14 @@ class SafekeeperPool:
             if data is None and member.recovery.finished:
                 error = member.recovery.error
                 if error is not None:
-                    logger.warning("recovery of %s breaks off: %s", member, error)
+                    member.log.recovery_failed(error)
                     member.recovery_at = now + _RECOVERY_RETRY
                     member.recovery_failures += 1
                 self._stop_recovery(member)
         elif self._core.phase is Phase.LEADER and lsn >= self._core.epoch_start_lsn:
             data = self._read_pg_wal(lsn, min(end_lsn - lsn, MAX_SEND_SIZE))
+            if data is not None:
+                member.log.behind(lsn, end_lsn, "the compute's pg_wal")
         if data is None:
             if member.recovery is None and now >= member.recovery_at:
                 self._start_recovery(member, end_lsn, now)
@@ -274,7 +296,7 @@ class SafekeeperPool:
             have = core.peers[source].flush_lsn
             if source == core.donor:
                 have = max(have, core.epoch_start_lsn)
-            logger.info("%s: recovering WAL from %s", member, self.members[source])
+            member.log.behind(lsn, end_lsn, str(self.members[source]), tell=True)
             member.recovery = RecoveryReader(
                 self.members[source].address,
                 # Of our term only: it would serve the WAL of another leader otherwise.

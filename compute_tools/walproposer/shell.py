@@ -14,7 +14,9 @@ from collections.abc import Iterable
 from enum import IntEnum
 from typing import Any, Final
 
+from compute_tools.feedback_file import FeedbackFile
 from compute_tools.walproposer._xlog_stream import StreamError
+from compute_tools.walproposer.backpressure import Backpressure, LagLimits
 from compute_tools.walproposer.config import Config
 from compute_tools.walproposer.control import ControlChannel, ControlError
 from compute_tools.walproposer.core import (
@@ -22,26 +24,29 @@ from compute_tools.walproposer.core import (
     CampaignFailed,
     Defeated,
     Identity,
+    Outdated,
     Phase,
     Proposer,
     ProposerError,
 )
 from compute_tools.walproposer.loop import EventLoop
+from compute_tools.walproposer.obstacles import describe, obstacle
 from compute_tools.walproposer.postgres import PostgresStream
 from compute_tools.walproposer.postgres_stream import PostgresAddress
 from compute_tools.walproposer.safekeepers import SafekeeperPool
 from zenith_utils.lsn import Lsn, LsnParseError, lsn_text
-from zenith_utils.safekeeper_messages import NO_FEEDBACK
 
 logger = logging.getLogger(__name__)
 
 _TICK: Final = 1.0
 _RETRY_POLL: Final = 0.05
 _DRAIN_POLL: Final = 0.02
+# Safekeepers pass a pageserver's report on with their answers: while commits wait for nothing else,
+# there would be none without being asked.
+_FEEDBACK_POLL: Final = 0.02
 _DRAIN_QUIET: Final = 0.2
 _GOODBYE: Final = 2.0
 _RECOVERY_STUCK: Final = 5.0
-_NO_LIMIT: Final = (1 << 64) - 1
 _CAMPAIGN_PAUSE: Final = (0.02, 0.2)
 
 
@@ -51,6 +56,7 @@ class ExitCode(IntEnum):
     FINISHED = 0
     FATAL = 1
     DEFEATED = 3
+    CRASHED = 4
 
 
 class _Finished(Exception):
@@ -69,19 +75,28 @@ class Walproposer:
         identity = Identity(
             config.tenant_id, config.timeline_id, secrets.token_bytes(16), config.pg_version
         )
-        self._core = Proposer(identity, len(config.safekeepers))
+        self._core = Proposer(
+            identity,
+            len(config.safekeepers),
+            config.membership.for_proposer(),
+            config.predecessors,
+        )
         self._pool = SafekeeperPool(
-            config, self._core, self._loop, self._on_actions, self._set_limit
+            config, self._core, self._loop, self._on_actions, self._set_limit, self._tell_terms
         )
         self._relay = self._pool.relay
         self._postgres: PostgresStream | None = None
+        self._told_campaign = self._told_won = 0
         self._told_elected = False
-        self._write_lag = self._flush_lag = 0
+        file = config.feedback_file
+        self._backpressure = Backpressure(None if file is None else FeedbackFile(file))
+        self._obstacles = self._told_obstacles = ""
         self._status: object = None
         self._campaign_at: float | None = None
         self._progress: object = None
         self._progress_at = 0.0
         self._next_tick = 0.0
+        self._ask_at = 0.0
         self._drain_deadline: float | None = None
         self._drain_clean = False
         self._goodbye_deadline: float | None = None
@@ -102,10 +117,9 @@ class Walproposer:
             logger.error("%s", e)
             self._control.fatal(str(e))
             return ExitCode.FATAL
-        except Exception as e:
+        except Exception:
             logger.exception("the walproposer failed")
-            self._control.fatal(f"internal error: {e!r}")
-            return ExitCode.FATAL
+            return ExitCode.CRASHED
 
     def terminate(self) -> None:
         """Come to an end soon, as if Postgres had gone. From any thread or signal handler."""
@@ -120,11 +134,17 @@ class Walproposer:
         away = pool.connect_missing(now)
         if core.phase is not Phase.LEADER:
             self._elect(now)
+        if self._config.settle and self._told_elected and self._drain_deadline is None:
+            self._settle(now)
         relay.report()
         more = False
         if core.phase is not Phase.CAMPAIGN:
             more = pool.pump(self._end_lsn(), now)
         if core.commit_lsn > relay.told_commit and (not busy or not self._told_elected):
+            pool.heartbeat()
+        held = core.commit_lsn > relay.limit_lsn
+        if held and now >= self._ask_at:
+            self._ask_at = now + _FEEDBACK_POLL
             pool.heartbeat()
         if now >= self._next_tick:
             self._next_tick = now + _TICK
@@ -137,7 +157,7 @@ class Walproposer:
             return _DRAIN_POLL
         if away or not self._told_elected or self._pump_waits():
             return _RETRY_POLL
-        return max(0.0, self._next_tick - now)
+        return max(0.0, min(self._next_tick, self._ask_at if held else self._next_tick) - now)
 
     def _pump_waits(self) -> bool:
         end = self._end_lsn()
@@ -152,10 +172,15 @@ class Walproposer:
     def _tick(self, now: float) -> None:
         core, pool = self._core, self._pool
         pool.drop_silent(now)
+        pool.perform(core.tell_established())
+        if not self._told_elected:
+            self._tell_obstacles()
         if self._goodbye_deadline is None:
             pool.heartbeat()
         # Also tells the walsender that we live while it cannot send.
         self._relay.report(force=True)
+        self._backpressure.tick(now, core.commit_lsn)
+        self._relay.report_standbys()
         status = core.commit_lsn, core.feedback
         if self._told_elected and status != self._status:
             self._status = status
@@ -163,17 +188,56 @@ class Walproposer:
 
     # ---- election
 
+    def _tell_terms(self) -> None:
+        """Before anything leaves: whoever takes up the stream must know which terms were ours."""
+        core = self._core
+        if core.term > self._told_campaign:
+            self._told_campaign = core.term
+            self._control.campaign(core.term)
+        if core.phase is not Phase.CAMPAIGN and core.term > self._told_won:
+            self._told_won = core.term
+            self._control.won(core.term)
+
+    def _tell_obstacles(self) -> None:
+        """Say what keeps us from being elected. Raises ProposerError if waiting cannot help."""
+        members = [(m, obstacle(m.peer, m.trouble)) for m in self._pool.members]
+        message = describe([(str(m), found) for m, found in members])
+        if message != self._obstacles:
+            # Told when it has lasted for a tick: much is just being sorted out.
+            self._obstacles = message
+            return
+        hopeful = {m.index for m, found in members if found is None or not found.lasting}
+        if not self._core.could_win(hopeful):
+            raise ProposerError(
+                f"no majority of the safekeepers can ever vote for this compute ({message}): "
+                "restore the lost files or disks; starting with less would lose what was "
+                "acknowledged"
+            )
+        if message != self._told_obstacles and any(found is not None for _, found in members):
+            self._told_obstacles = message
+            logger.warning("not elected yet: %s", message)
+            self._control.waiting(message)
+
     def _on_actions(self, actions: Iterable[Action]) -> None:
         for action in actions:
             if isinstance(action, Defeated):
                 logger.error(
-                    "defeated: %s is in term %d, ours is %d",
-                    self._pool.members[action.peer], action.term, self._core.term,
+                    "fenced: a newer compute took over in term %d, says %s",
+                    action.term, self._pool.members[action.peer],
                 )  # fmt: skip
                 if self._postgres is not None:
                     self._postgres.stop()
                 self._control.defeated(action.term)
                 raise _Finished(ExitCode.DEFEATED)
+            if isinstance(action, Outdated):
+                if self._postgres is not None:
+                    self._postgres.stop()
+                raise ProposerError(
+                    f"a newer configuration of safekeepers exists: "
+                    f"{self._pool.members[action.peer]} has generation {action.generation}, "
+                    f"this compute was started with {self._core.membership.generation}; "
+                    "start it again"
+                )
             if isinstance(action, CampaignFailed) and self._campaign_at is None:
                 pause = random.uniform(*_CAMPAIGN_PAUSE)
                 logger.info("campaign in term %d failed, trying again", self._core.term)
@@ -190,9 +254,7 @@ class Walproposer:
             return
         if core.synced:
             self._told_elected = True
-            logger.info(
-                "elected in term %d, WAL starts at %s", core.term, lsn_text(core.epoch_start_lsn)
-            )
+            logger.info("%s", self._election())
             self._control.elected(core.term, core.epoch_start_lsn, core.bootstrap)
             return
         progress = core.term, [(p.state, p.next_lsn, p.flush_lsn) for p in core.peers]
@@ -202,6 +264,29 @@ class Walproposer:
             logger.warning("recovery is stuck without its donor, starting another campaign")
             self._progress_at = now
             self._pool.perform(core.campaign())
+
+    def _election(self) -> str:
+        """An election that was won, in words."""
+        core, members = self._core, self._pool.members
+        voters = [str(m) for m in members if m.peer.vote is not None]
+        text = f"elected in term {core.term} with the votes of {', '.join(voters)}"
+        if core.donor is None:
+            return f"{text}; nothing was written yet"
+        start = lsn_text(core.epoch_start_lsn)
+        return f"{text}; WAL starts at {start}, as {members[core.donor]} has it"
+
+    def _settle(self, now: float) -> None:
+        """There will be no Postgres: leave when all is established and whoever is here has it."""
+        core = self._core
+        if core.bootstrap:
+            self._control.finished(0, True)
+            raise _Finished(ExitCode.FINISHED)
+        complete = all(
+            m.link is None or m.peer.flush_lsn >= core.epoch_start_lsn for m in self._pool.members
+        )
+        if core.established and (complete or now - self._progress_at > _RECOVERY_STUCK):
+            self._pool.perform(core.tell_established())
+            self.on_postgres_gone(True)
 
     # ---- commands
 
@@ -219,8 +304,7 @@ class Walproposer:
             if name == "start":
                 self._start(command)
             elif name == "limits":
-                self._write_lag = int(command.get("max_write_lag", 0))
-                self._flush_lag = int(command.get("max_flush_lag", 0))
+                self._backpressure.set_limits(_lag_limits(command))
                 self._set_limit()
             else:
                 raise ControlError(f"unknown command {command!r}")
@@ -234,6 +318,8 @@ class Walproposer:
         except (KeyError, TypeError, ValueError, LsnParseError) as e:
             raise ControlError(f"malformed command {command!r}: {e}") from e
         self._pool.perform(self._core.start(start_lsn))
+        self._backpressure.start(start_lsn)
+        self._set_limit()
         self._postgres = PostgresStream(
             self._loop, self._relay, address, self._core.epoch_start_lsn, self
         )
@@ -246,6 +332,8 @@ class Walproposer:
 
     def on_streaming(self) -> None:
         """The stream has begun, or begun again."""
+        assert self._postgres is not None
+        logger.info("streaming from Postgres at %s", lsn_text(self._postgres.received_lsn))
         self._relay.report(force=True)
         self._control.streaming()
 
@@ -262,13 +350,7 @@ class Walproposer:
 
     def _set_limit(self) -> None:
         """Hold acknowledgements back while the pageserver is too far behind."""
-        limit, feedback = _NO_LIMIT, self._core.feedback
-        if feedback != NO_FEEDBACK:
-            if self._write_lag:
-                limit = min(limit, feedback.ps_writelsn + self._write_lag)
-            if self._flush_lag:
-                limit = min(limit, feedback.ps_flushlsn + self._flush_lag)
-        self._relay.limit_lsn = limit
+        self._relay.limit_lsn = self._backpressure.update(self._core.feedback)
 
     # ---- the end
 
@@ -294,3 +376,14 @@ class Walproposer:
                 logger.warning("gave up pushing the last WAL: no quorum of safekeepers")
             self._goodbye_deadline = now + _GOODBYE
             pool.say_goodbye()
+
+
+def _lag_limits(command: dict[str, Any]) -> LagLimits:
+    try:
+        return LagLimits(
+            int(command["max_write_lag"]),
+            int(command["max_flush_lag"]),
+            int(command["max_apply_lag"]),
+        )
+    except (KeyError, TypeError, ValueError) as e:
+        raise ControlError(f"malformed command {command!r}: {e!r}") from e

@@ -232,6 +232,7 @@ def describe(handle: TimelineHandle, *, sized: bool = True, recount: bool = Fals
     local = {
         "ancestor_timeline_id": None if ancestor_id is None else str(ancestor_id),
         "ancestor_lsn": None if ancestor_id is None else str(Lsn(timeline.ancestor_lsn)),
+        "initdb_lsn": str(timeline.initdb_lsn),
         "last_record_lsn": str(last_record_lsn),
         "prev_record_lsn": str(Lsn(timeline.prev_record_lsn)),
         "disk_consistent_lsn": str(Lsn(timeline.disk_consistent_lsn)),

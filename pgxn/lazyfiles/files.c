@@ -4,10 +4,11 @@
 #include "lazyfiles.h"
 
 #include <string.h>
+#include <sys/stat.h>
 
 #define MAX_FD 65536
 
-/* An open relation file that needs attention: one with blocks in the map, or a free space map. */
+/* An open relation file. */
 typedef struct OpenFile
 {
 	bool		tracked;
@@ -29,6 +30,15 @@ bool
 file_tracked(int fd)
 {
 	return find_file(fd) != NULL;
+}
+
+/* Do changes of the file have to come by ways that are watched block by block? */
+bool
+file_watched(int fd)
+{
+	OpenFile   *file = find_file(fd);
+
+	return file != NULL && (file->fork != NULL || file->is_fsm);
 }
 
 static bool
@@ -82,7 +92,7 @@ file_opened(int fd, const RelTag *tag, uint32_t segment)
 
 	if (fork != NULL && segment * SEGMENT_BLOCKS >= fork->nblocks)
 		fork = NULL;
-	if (!is_server() || (fork == NULL && tag->forknum != FSM_FORK))
+	if (!is_server())
 	{
 		file_closed(fd);
 		return true;
@@ -294,6 +304,37 @@ discard_end(BlockRange *range, bool done)
 	lazy_release_signals(&range->signals);
 }
 
+/* ---- growing ---- */
+
+static GrowthCheck growth_check;
+
+/* For the zenith library: check is called before a relation file grows.  NULL: no longer. */
+EXPORT void zenith_lazyfiles_check_growth(GrowthCheck check);
+EXPORT void
+zenith_lazyfiles_check_growth(GrowthCheck check)
+{
+	growth_check = check;
+}
+
+/*
+ * May a write of length bytes at offset make its file larger?  False with errno ENOSPC if not; the check
+ * may also leave by an error of its own.
+ */
+bool
+may_grow(int fd, off_t offset, size_t length)
+{
+	OpenFile   *file = find_file(fd);
+	uint64_t	end = (uint64_t) offset + length;
+	struct stat st;
+
+	if (growth_check == NULL || file == NULL || offset < 0 || fstat(fd, &st) != 0 ||
+		end <= (uint64_t) st.st_size ||
+		growth_check((const uint32_t *) &file->tag, end - (uint64_t) st.st_size))
+		return true;
+	errno = ENOSPC;
+	return false;
+}
+
 /* ---- writing ---- */
 
 static size_t
@@ -390,6 +431,8 @@ write_blocks(int fd, const struct iovec *vector, int count, off_t offset)
 
 	if (file == NULL)
 		return raw_write(fd, vector, count, offset);
+	if (growth_check != NULL && !may_grow(fd, offset, vector_length(vector, count)))
+		return -1;
 	if (file->fork == NULL)
 		n = raw_write(fd, vector, count, offset);
 	else

@@ -8,7 +8,6 @@
 #include "lazyfiles.h"
 
 #include <dlfcn.h>
-#include <limits.h>
 #include <stdarg.h>
 #include <stdio.h>
 
@@ -331,10 +330,11 @@ open_stream(const char *name, const char *path, const char *mode)
 {
 	FILE	   *(*libc_function) (const char *, const char *) =
 		(FILE * (*) (const char *, const char *)) dlsym(RTLD_NEXT, name);
+	char		buffer[PATH_MAX];
 
 	if (!hydrate_path(path))
 		return NULL;
-	return libc_function(path, mode);
+	return libc_function(extension_path(path, buffer), mode);
 }
 
 EXPORT FILE *

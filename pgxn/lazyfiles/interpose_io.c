@@ -3,6 +3,7 @@
  */
 #include "lazyfiles.h"
 
+#include <dlfcn.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 
@@ -126,11 +127,13 @@ EXPORT ssize_t
 copy_file_range(int in, off64_t *in_offset, int out, off64_t *out_offset, size_t length,
 				unsigned flags)
 {
-	if (file_tracked(out))
+	if (file_watched(out))
 	{
 		errno = EOPNOTSUPP;		/* callers fall back to read and write */
 		return -1;
 	}
+	if (!may_grow(out, out_offset ? *out_offset : lseek(out, 0, SEEK_CUR), length))
+		return -1;
 	if (in_offset ? !before_read(in, *in_offset, length) : !before_sequential_read(in, length))
 		return -1;
 	return syscall(SYS_copy_file_range, in, in_offset, out, out_offset, length, flags);
@@ -235,7 +238,7 @@ writev(int fd, const struct iovec *vector, int count)
 EXPORT int
 fallocate(int fd, int mode, off_t offset, off_t length)
 {
-	if ((mode & ~FALLOC_FL_KEEP_SIZE) != 0 && file_tracked(fd))
+	if ((mode & ~FALLOC_FL_KEEP_SIZE) != 0 && file_watched(fd))
 	{
 		errno = EOPNOTSUPP;
 		return -1;
@@ -247,6 +250,24 @@ EXPORT int
 fallocate64(int fd, int mode, off64_t offset, off64_t length)
 {
 	return fallocate(fd, mode, offset, length);
+}
+
+EXPORT int
+posix_fallocate(int fd, off_t offset, off_t length)
+{
+	static int	(*libc_function) (int, off_t, off_t);
+
+	if (length > 0 && !may_grow(fd, offset, (size_t) length))
+		return ENOSPC;
+	if (libc_function == NULL)
+		libc_function = (int (*) (int, off_t, off_t)) dlsym(RTLD_NEXT, "posix_fallocate");
+	return libc_function(fd, offset, length);
+}
+
+EXPORT int
+posix_fallocate64(int fd, off64_t offset, off64_t length)
+{
+	return posix_fallocate(fd, offset, length);
 }
 
 EXPORT int

@@ -16,6 +16,7 @@
  *   install.c      putting fetched blocks into the files
  *   hydrate.c      what to fetch: misses and read-ahead
  *   files.c        what a read, write, truncation or removal means for the blocks concerned
+ *   extension.c    files of the zenith extension, where the server looks for them
  *   interpose.c, interpose_io.c   the libc functions replaced
  */
 #ifndef LAZYFILES_H
@@ -31,6 +32,7 @@
 #include <endian.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -241,6 +243,9 @@ void		request_ahead(LazyFork *fork, uint32_t first, uint32_t last);
 
 /* ---- files.c ---- */
 
+/* May the fork {spcnode, dbnode, relnode, forknum} grow by so many bytes? */
+typedef bool (*GrowthCheck) (const uint32_t tag[4], uint64_t bytes);
+
 /* A range of blocks that are about to vanish or to be replaced. */
 typedef struct BlockRange
 {
@@ -256,6 +261,8 @@ void		file_closed(int fd);
 void		files_closed(unsigned first, unsigned last);
 void		file_duplicated(int from, int to);
 bool		file_tracked(int fd);
+bool		file_watched(int fd);
+bool		may_grow(int fd, off_t offset, size_t length);
 bool		before_read(int fd, off_t offset, size_t length);
 bool		before_sequential_read(int fd, size_t length);
 ssize_t		write_blocks(int fd, const struct iovec *vector, int count, off_t offset);
@@ -264,6 +271,11 @@ bool		discard_begin_fd(BlockRange *range, int fd, off_t size);
 void		discard_end(BlockRange *range, bool done);
 bool		hydrate_path(const char *path);
 void		want_blocks(int fd, off_t offset, off_t length);
+
+/* ---- extension.c ---- */
+
+void		extension_init(const char *directory);
+const char *extension_path(const char *path, char buffer[PATH_MAX]);
 
 #pragma GCC visibility pop
 #endif

@@ -239,6 +239,7 @@ lazyfiles_start(void)
 		lazy_die("ZENITH_LAZYFILES_MAP, _PAGESERVER, _TENANT and _TIMELINE must be set together");
 	connection_init(address, tenant, timeline, setting("ZENITH_AUTH_TOKEN"));
 	relpath_init();
+	extension_init(setting("ZENITH_LAZYFILES_EXTENSION"));
 	open_map(path);
 	if (pthread_atfork(NULL, NULL, after_fork_in_child) != 0)
 		lazy_die("cannot register a fork handler");
@@ -250,6 +251,18 @@ EXPORT int
 zenith_lazyfiles_active(void)
 {
 	return lazy_map != NULL;
+}
+
+/* For the zenith library: what the data directory was made from.  False: unknown. */
+EXPORT bool	zenith_lazyfiles_base(uint64_t *lsn, uint64_t *size);
+EXPORT bool
+zenith_lazyfiles_base(uint64_t *lsn, uint64_t *size)
+{
+	if (lazy_map == NULL)
+		return false;
+	*lsn = lazy_map->base_lsn;
+	*size = lazy_map->nblocks * BLOCK_SIZE;
+	return true;
 }
 
 /* ---- forks ---- */

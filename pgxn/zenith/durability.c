@@ -3,23 +3,32 @@
  *
  * synchronous_standby_names: emptied by ALTER SYSTEM and a reload it would release every waiting commit
  * as if it were durable, and let the later ones through.  Once it has a value it keeps it until the
- * server stops.  (synchronous_commit remains the user's choice, per session and transaction: "local" and
- * "off" mean that the commit may be lost.)
+ * server stops.
+ *
+ * synchronous_commit: "off" remains the user's choice, per session and transaction, and means that the
+ * commit may be lost.  "local" promises that the commit survives a crash of this server.  Its disk is not
+ * synced and is thrown away after a crash, so only the quorum can keep that promise: "local" is taken as
+ * "on".  Nor is there "off" for a worker that applies a publisher's changes.  It tells the publisher what is
+ * flushed, and the publisher forgets that; with "off", the default of a subscription, "flushed" is what
+ * is written to this server's disk.
  *
  * log_min_messages: the guard of the commit wait (sync_wait.c) runs when the server reports, as a WARNING,
  * that it gives up waiting; a level above that would silence the report and so the guard.  Such a level
  * is taken as "warning".
  *
- * Both are done by adding a check to the server's own settings.
+ * All are done by adding a check to the server's own settings.
  */
 #include "zenith.h"
 
+#include "access/xact.h"
 #include "miscadmin.h"
+#include "replication/logicalworker.h"
 #include "replication/syncrep.h"
 #include "utils/guc_tables.h"
 
 static GucStringCheckHook standby_names_check;
 static GucEnumCheckHook log_level_check;
+static GucEnumCheckHook commit_level_check;
 
 static struct config_generic *
 find_setting(const char *name)
@@ -77,18 +86,45 @@ check_log_level(int *newval, void **extra, GucSource source)
 	return log_level_check == NULL || log_level_check(newval, extra, source);
 }
 
+static bool
+check_commit_level(int *newval, void **extra, GucSource source)
+{
+	if (*newval == SYNCHRONOUS_COMMIT_LOCAL_FLUSH)
+	{
+		*newval = SYNCHRONOUS_COMMIT_ON;
+		if (source >= PGC_S_INTERACTIVE && MyProcPid != PostmasterPid)
+			ereport(NOTICE,
+					(errmsg("\"synchronous_commit\" is taken as \"on\""),
+					 errdetail("This server's disk does not outlive a crash: \"local\" would protect from nothing."),
+					 errhint("Set it to \"off\" for commits that may be lost.")));
+	}
+	if (*newval == SYNCHRONOUS_COMMIT_OFF && IsLogicalWorker())
+		*newval = SYNCHRONOUS_COMMIT_ON;
+	return commit_level_check == NULL || commit_level_check(newval, extra, source);
+}
+
+/* Add a check to a setting.  The files were read before: its value is set again if the check changes it. */
+static GucEnumCheckHook
+add_check(const char *name, GucEnumCheckHook check)
+{
+	struct config_enum *setting = (struct config_enum *) find_setting(name);
+	GucEnumCheckHook previous = setting->check_hook;
+	int			value = *setting->variable;
+
+	setting->check_hook = check;
+	SetConfigOption(name, config_enum_lookup_by_value(setting, value), setting->gen.scontext,
+					setting->gen.source);
+	return previous;
+}
+
 void
 durability_init(void)
 {
 	struct config_string *standby_names =
 		(struct config_string *) find_setting("synchronous_standby_names");
-	struct config_enum *log_level = (struct config_enum *) find_setting("log_min_messages");
 
 	standby_names_check = standby_names->check_hook;
 	standby_names->check_hook = check_standby_names;
-	log_level_check = log_level->check_hook;
-	log_level->check_hook = check_log_level;
-	/* The files were read before: set the value again, with the check. */
-	if (hides_warnings(*log_level->variable))
-		SetConfigOption("log_min_messages", "warning", log_level->gen.scontext, log_level->gen.source);
+	log_level_check = add_check("log_min_messages", check_log_level);
+	commit_level_check = add_check("synchronous_commit", check_commit_level);
 }

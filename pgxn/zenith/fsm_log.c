@@ -33,11 +33,13 @@
 #include "utils/hsearch.h"
 #include "utils/memutils.h"
 #include "utils/resowner.h"
+#include "utils/timestamp.h"
 #include "utils/wait_event.h"
 
 /* In a directory that belongs to the server and that it does not look into. */
 #define LIBRARY_LINK "pg_stat/zenith.so"
 #define SHUTDOWN_PASSES 5
+#define SNAPSHOT_INTERVAL_MS 1000
 #define MANY_ENTRIES 10000
 
 typedef struct LoggedPage
@@ -192,22 +194,35 @@ prepare(void)
 	SetConfigOption("wal_compression", "pglz", PGC_SUSET, PGC_S_SESSION);
 }
 
+/*
+ * The worker also writes the snapshots that standbys begin at, more often than free space maps.
+ */
 void
 zenith_fsm_log_main(Datum argument)
 {
+	TimestampTz last_pass;
+
 	prepare();
+	last_pass = GetCurrentTimestamp();
 	while (!ShutdownRequestPending)
 	{
-		WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
-				  zenith_fsm_log_interval * 1000L, PG_WAIT_EXTENSION);
+		WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, SNAPSHOT_INTERVAL_MS,
+				  PG_WAIT_EXTENSION);
 		ResetLatch(MyLatch);
 		if (ConfigReloadPending)
 		{
 			ConfigReloadPending = false;
 			ProcessConfigFile(PGC_SIGHUP);
 		}
-		if (!ShutdownRequestPending && run_pass() > 0)
-			XLogSetAsyncXactLSN(last_logged);
+		if (ShutdownRequestPending)
+			break;
+		standby_snapshot_log();
+		if (TimestampDifferenceExceeds(last_pass, GetCurrentTimestamp(), zenith_fsm_log_interval * 1000))
+		{
+			last_pass = GetCurrentTimestamp();
+			if (run_pass() > 0)
+				XLogSetAsyncXactLSN(last_logged);
+		}
 	}
 	run_last_passes();
 	proc_exit(0);

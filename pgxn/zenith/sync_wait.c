@@ -12,15 +12,19 @@
  * - terminate, fast shutdown, death of the postmaster: the backend ends, and its client is told nothing:
  *   neither success nor failure would be true.  Output is switched off before the report, which would
  *   otherwise flush an early CommandComplete of the extended protocol.
+ * - immediate shutdown: the same.  quickdie() tells the client in a report that no hook sees, so its signal
+ *   handler is wrapped.
  *
- * The report is recognised by the backend's own queue state, which no other report at that level can
- * meet, not by its text.  durability.c keeps the report from being filtered out.
+ * The report is recognised by the backend's own queue state, not by its text: the only other one that can
+ * meet that state is quickdie()'s.  durability.c keeps the report from being filtered out.
  */
 #include "zenith.h"
 
+#include "libpq/pqsignal.h"
 #include "miscadmin.h"
 #include "pgstat.h"
 #include "replication/syncrep.h"
+#include "replication/walsender.h"
 #include "storage/latch.h"
 #include "storage/proc.h"
 #include "tcop/dest.h"
@@ -29,7 +33,19 @@
 #include "utils/elog.h"
 #include "utils/wait_event.h"
 
+/* As libpq/auth.h has it, which cannot be included without the headers of authentication libraries. */
+struct Port;
+typedef void (*ClientAuthentication_hook_type) (struct Port *, int);
+extern PGDLLIMPORT ClientAuthentication_hook_type ClientAuthentication_hook;
+
 static emit_log_hook_type previous_hook;
+static ClientAuthentication_hook_type previous_auth_hook;
+
+static bool
+waiting(void)
+{
+	return MyProc != NULL && MyProc->syncRepState != SYNC_REP_NOT_WAITING;
+}
 
 /* Wait on, as SyncRepWaitForLSN() does; returns when released or when the backend has to end. */
 static void
@@ -42,14 +58,21 @@ wait_until_released(void)
 			return;
 		if (WaitLatch(MyLatch, WL_LATCH_SET | WL_POSTMASTER_DEATH, -1, WAIT_EVENT_SYNC_REP) &
 			WL_POSTMASTER_DEATH)
-			ProcDiePending = true;
+			ProcDiePending = InterruptPending = true;
 	}
+}
+
+/* Is this what quickdie(), a signal handler, has to say if SIGQUIT did not come from the postmaster? */
+static bool
+from_quickdie(const ErrorData *report)
+{
+	return report->funcname != NULL && strcmp(report->funcname, "quickdie") == 0;
 }
 
 static void
 guard_commit_wait(ErrorData *report)
 {
-	if (!ProcDiePending)
+	if (!ProcDiePending && !from_quickdie(report))
 		wait_until_released();
 
 	report->output_to_client = false;
@@ -67,10 +90,28 @@ guard_commit_wait(ErrorData *report)
 static void
 zenith_emit_log(ErrorData *report)
 {
-	if (report->elevel == WARNING && MyProc != NULL && MyProc->syncRepState != SYNC_REP_NOT_WAITING)
+	if (report->elevel == WARNING && waiting())
 		guard_commit_wait(report);
 	if (previous_hook != NULL)
 		previous_hook(report);
+}
+
+static void
+silent_quickdie(SIGNAL_ARGS)
+{
+	if (waiting())
+		whereToSendOutput = DestNone;
+	quickdie(postgres_signal_arg);
+}
+
+/* The first hook after PostgresMain() has set its signal handlers, for everybody who has a client. */
+static void
+zenith_client_authentication(struct Port *port, int status)
+{
+	if (previous_auth_hook != NULL)
+		previous_auth_hook(port, status);
+	if (!am_walsender)			/* it would say nothing */
+		pqsignal(SIGQUIT, silent_quickdie);
 }
 
 void
@@ -78,4 +119,6 @@ sync_wait_init(void)
 {
 	previous_hook = emit_log_hook;
 	emit_log_hook = zenith_emit_log;
+	previous_auth_hook = ClientAuthentication_hook;
+	ClientAuthentication_hook = zenith_client_authentication;
 }

@@ -18,6 +18,7 @@ extern PGDLLEXPORT void _PG_init(void);
 
 bool		zenith_read_only_node = false;
 int			zenith_fsm_log_interval = 30;
+int			zenith_max_cluster_size = -1;
 
 static char *tenant;
 static char *timeline;
@@ -27,7 +28,7 @@ static char *wal_acceptors;
 static int	max_replication_write_lag;
 static int	max_replication_flush_lag;
 static int	max_replication_apply_lag;
-static int	max_cluster_size;
+static char *feedback_file;
 
 /* Written by whoever makes a data directory with incomplete relation files. */
 #define LAZYFILES_MARKER "pg_stat/zenith.lazyfiles"
@@ -77,16 +78,20 @@ define_settings(void)
 	define_string("zenith.wal_acceptors", "Comma separated addresses of the safekeepers.",
 				  &wal_acceptors, PGC_POSTMASTER);
 	define_megabytes("zenith.max_replication_write_lag",
-					 "Commits wait while the pageserver has received less of the WAL than that.",
+					 "WAL that the pageserver may have yet to receive before commits wait for it.",
 					 &max_replication_write_lag);
 	define_megabytes("zenith.max_replication_flush_lag",
-					 "Commits wait while the pageserver has made durable less of the WAL than that.",
+					 "WAL that the pageserver may have yet to make durable before commits wait for it.",
 					 &max_replication_flush_lag);
 	define_megabytes("zenith.max_replication_apply_lag",
-					 "Commits wait while the pageserver has uploaded less of the WAL than that.",
+					 "WAL that the pageserver may have yet to upload before commits wait for it.",
 					 &max_replication_apply_lag);
-	define_megabytes("zenith.max_cluster_size", "Size that the cluster may grow to.",
-					 &max_cluster_size);
+	DefineCustomIntVariable("zenith.max_cluster_size",
+							"Size of all relations together above which they do not grow.",
+							"0 or less means no limit.", &zenith_max_cluster_size, -1, -1, INT_MAX,
+							PGC_SIGHUP, GUC_UNIT_MB, NULL, assign_max_cluster_size, NULL);
+	define_string("zenith.feedback_file", "File in which the server finds what the pageserver reports.",
+				  &feedback_file, PGC_POSTMASTER);
 	DefineCustomBoolVariable("zenith.read_only_node", "This node stays read-only.", NULL,
 							 &zenith_read_only_node, false, PGC_POSTMASTER, 0, NULL, NULL, NULL);
 	DefineCustomIntVariable("zenith.fsm_log_interval",
@@ -135,6 +140,8 @@ _PG_init(void)
 	require_lazyfiles();
 	define_settings();
 	define_twins();
+	feedback_init(feedback_file);
+	cluster_size_init();
 	durability_init();
 	sync_wait_init();
 	cancelled_read_init();

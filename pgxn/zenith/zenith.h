@@ -5,8 +5,11 @@
  *   durability.c   settings that acknowledged commits rest on cannot be weakened while the server runs
  *   sync_wait.c    a commit is never acknowledged before the quorum has it
  *   cancelled_read.c   a query cancelled while it waits for the pageserver is reported as cancelled
+ *   feedback.c     what the pageserver reports, and the functions of the extension that show it
+ *   cluster_size.c over zenith.max_cluster_size relations do not grow
  *   fsm_log.c      background worker that carries the free space map into the WAL
  *   fsm_source.c   which free space map pages may have changed
+ *   standby_snapshot.c  places in the WAL where a hot standby can begin
  *   read_only.c    a read-only node stays one
  */
 #ifndef ZENITH_H
@@ -45,6 +48,7 @@ typedef RelFileNode RelLocator;
 /* zenith.c */
 extern bool zenith_read_only_node;
 extern int	zenith_fsm_log_interval;
+extern int	zenith_max_cluster_size;	/* in MB; 0 or less: no limit */
 
 /* durability.c */
 extern void durability_init(void);
@@ -58,9 +62,31 @@ extern void cancelled_read_init(void);
 /* read_only.c */
 extern void read_only_init(void);
 
+/* feedback.c */
+typedef struct Feedback
+{
+	uint64		generation;		/* counts reports; 0: what the server was started with */
+	bool		known;			/* is there anything to say at all? */
+	uint64		size;			/* of all relations, in bytes */
+	uint64		received_lsn;	/* 0 in an LSN: none */
+	uint64		flushed_lsn;
+	uint64		uploaded_lsn;
+	uint64		limit_lsn;		/* commits above it wait */
+} Feedback;
+
+extern void feedback_init(const char *path);
+extern void feedback_read(Feedback *feedback);
+
+/* cluster_size.c */
+extern void cluster_size_init(void);
+extern void assign_max_cluster_size(int newval, void *extra);
+
 /* fsm_log.c */
 extern void fsm_log_init(void);
 extern PGDLLEXPORT void zenith_fsm_log_main(Datum argument);
+
+/* standby_snapshot.c */
+extern void standby_snapshot_log(void);
 
 /* fsm_source.c */
 typedef struct FsmBlock

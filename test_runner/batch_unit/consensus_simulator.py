@@ -1,290 +1,98 @@
 """Deterministic simulation of proposers and acceptors over a bad network and bad disks.
 
 The real state machines run; sockets, files and time are replaced by a seeded random choice of what
-happens next: a message is delivered, a session breaks (what was under way may still arrive), an
-acceptor loses power in the middle of its actions, a new compute starts while an old one still runs,
-Postgres writes. WAL consists of records of two 8-byte units, and is sent in any number of units.
-After every step the promises of consensus are checked against a record of everything committed.
+happens next: a message is delivered, a session breaks (what was under way may still arrive, after
+later ones of the next session), a compute and a safekeeper are cut off from each other, an acceptor
+loses power in the middle of its actions, a new compute starts while an old one still runs, Postgres
+writes. In half of the schedules safekeepers are replaced by empty ones, too, computes start with a
+configuration that is outdated, and disks are wiped or damaged. WAL consists of records of two
+8-byte units, and is sent in any number of units. After every step the promises of consensus are
+checked against a record of everything committed.
 """
 
 from __future__ import annotations
 
 import random
-from collections import deque
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass
 
-from compute_tools.walproposer._quorum import PeerState
-from compute_tools.walproposer.core import Action as ProposerAction
-from compute_tools.walproposer.core import (
-    Announced,
-    CampaignFailed,
-    Defeated,
-    Identity,
-    Phase,
-    Proposer,
-    Send,
-)
-from safekeeper.consensus import (
-    Acceptor,
-    Action,
-    ConsensusError,
-    ControlState,
-    Persist,
-    Reply,
-    Session,
-    TruncateWal,
-)
-from zenith_utils.ids import TenantId, TimelineId
-from zenith_utils.safekeeper_messages import (
-    AcceptorMessage,
-    AppendRequest,
-    ProposerElected,
-    ProposerGreeting,
-    ProposerMessage,
-    VoteRequest,
-    parse_append_request,
+from batch_unit.consensus_nodes import (
+    START,
+    UNIT,
+    AcceptorNode,
+    Connection,
+    PowerLossError,
+    ProposerNode,
+    Rules,
+    Unit,
 )
 
-TENANT = TenantId(bytes(16))
-TIMELINE = TimelineId(bytes(15) + b"\1")
-START = 0x1000100
-UNIT = 8
-RECORD = 2 * UNIT
+from compute_tools.walproposer.membership import Generation, Membership
+from zenith_utils.safekeeper_messages import AppendRequest, VoteResponse
+from zenith_utils.zenith_feedback import ZenithFeedback
 
-Unit = tuple[int, int]
-"""A piece of WAL: (term that wrote it, serial number)."""
+MOST_GENERATIONS = 4
 
 
-class PowerLossError(Exception):
-    """An acceptor dies here."""
+@dataclass(frozen=True)
+class Configuration:
+    """A generation of safekeepers: where they are, and who is there."""
 
+    number: int
+    members: tuple[tuple[int, bytes], ...]
 
-@dataclass
-class Disk:
-    """What survives a power loss: control state and synced WAL, from `first` on."""
-
-    state: ControlState = field(default_factory=lambda: ControlState(TENANT, TIMELINE))
-    first: int = START
-    wal: list[Unit] = field(default_factory=list)
-    synced: int = 0
-    """How many units of `wal` are durable; the rest may be lost, from the end."""
-
-    @property
-    def end(self) -> int:
-        """Written end."""
-        return self.first + len(self.wal) * UNIT
-
-    def units(self, begin: int, end: int) -> list[Unit]:
-        """The WAL of a range."""
-        assert begin >= self.first, "WAL below the first one is asked for"
-        return self.wal[(begin - self.first) // UNIT : (end - self.first) // UNIT]
-
-    def record_end(self, lsn: int) -> int:
-        """End of the last complete record at or below."""
-        return START + (lsn - START) // RECORD * RECORD
-
-
-class AcceptorNode:
-    """An acceptor with its disk."""
-
-    def __init__(self, simulation: Simulation) -> None:
-        self.simulation = simulation
-        self.disk = Disk()
-        self.generation = 0
-        self.acceptor = Acceptor(self.disk.state, 0)
-
-    def restart(self) -> None:
-        """Power loss: unsynced WAL is gone, or a part of it."""
-        disk, rng = self.disk, self.simulation.rng
-        if not disk.state.commit_lsn:
-            disk.wal = []
-            disk.synced = 0
-            flush = 0
-        else:
-            kept = rng.randint(disk.synced, len(disk.wal))
-            flush = disk.record_end(disk.first + kept * UNIT)
-            disk.wal = disk.units(disk.first, flush)
-            disk.synced = len(disk.wal)
-        self.generation += 1
-        self.acceptor = Acceptor(disk.state, flush)
-
-    def carry_out(self, actions: list[Action]) -> list[AcceptorMessage]:
-        """Carry out actions, perhaps dying before any of them."""
-        replies: list[AcceptorMessage] = []
-        for action in actions:
-            self.simulation.maybe_lose_power()
-            if isinstance(action, Persist):
-                self.disk.state = action.state
-            elif isinstance(action, TruncateWal):
-                self._truncate(action.lsn)
-            else:
-                assert isinstance(action, Reply)
-                replies.append(action.message)
-        return replies
-
-    def _truncate(self, lsn: int) -> None:
-        disk = self.disk
-        if not self.acceptor.flush_lsn or not disk.wal or lsn <= disk.first:
-            disk.first, disk.wal = lsn, []
-        disk.wal = disk.units(disk.first, lsn)
-        disk.synced = len(disk.wal)
-
-    def handle(
-        self, session: Session, batch: list[tuple[ProposerMessage, list[Unit]]]
-    ) -> list[AcceptorMessage]:
-        """Handle a message, or a batch of AppendRequests."""
-        acceptor = self.acceptor
-        message = batch[0][0]
-        if isinstance(message, ProposerGreeting):
-            return self.carry_out(list(acceptor.greet(session, message)))
-        if isinstance(message, VoteRequest):
-            return self.carry_out(list(acceptor.vote(session, message)))
-        if isinstance(message, ProposerElected):
-            return self.carry_out(list(acceptor.elected(session, message)))
-        for request, units in batch:
-            assert isinstance(request, AppendRequest)
-            refusal = acceptor.append(session, request)
-            if refusal is not None:
-                return [refusal.message]
-            if units:
-                assert self.disk.end == request.begin_lsn, "write with a gap"
-                self.disk.wal += units
-            self.simulation.maybe_lose_power()
-        self.disk.synced = len(self.disk.wal)
-        flush = self.disk.record_end(self.disk.end) if self.disk.wal else acceptor.flush_lsn
-        return self.carry_out(list(acceptor.flushed(flush)))
-
-
-class Connection:
-    """A session, as a pair of queues. A broken one may still deliver to the acceptor."""
-
-    def __init__(self, node: AcceptorNode) -> None:
-        self.node = node
-        self.generation = node.generation
-        self.session = Session()
-        self.to_acceptor: deque[tuple[ProposerMessage, list[Unit]]] = deque()
-        self.to_proposer: deque[AcceptorMessage] = deque()
-
-
-class ProposerNode:
-    """A compute: proposer and Postgres."""
-
-    def __init__(self, simulation: Simulation, number: int) -> None:
-        self.simulation = simulation
-        identity = Identity(TENANT, TIMELINE, number.to_bytes(16, "big"))
-        self.core = Proposer(identity, len(simulation.nodes))
-        self.connections: list[Connection | None] = [None] * len(simulation.nodes)
-        self.wal: list[Unit] = []
-        """What Postgres wrote, from epoch_start_lsn on."""
-        self.alive = True
-        self.campaign_due = False
-        self.checked_term = 0
-
-    @property
-    def end(self) -> int:
-        """End of the WAL that this leader knows of."""
-        return self.core.epoch_start_lsn + len(self.wal) * UNIT
-
-    def connect(self, index: int) -> None:
-        """Open a session."""
-        self.connections[index] = Connection(self.simulation.nodes[index])
-        self.perform(self.core.connected(index))
-
-    def disconnect(self, index: int) -> None:
-        """Lose a session; what was under way to the acceptor may still arrive."""
-        connection = self.connections[index]
-        if connection is not None:
-            self.simulation.zombies.append(connection)
-            self.connections[index] = None
-            self.core.disconnected(index)
-
-    def perform(self, actions: object) -> None:
-        """Carry out actions of the core."""
-        for action in actions:  # type: ignore[attr-defined]
-            self._perform(action)
-        self._check()
-
-    def _perform(self, action: ProposerAction) -> None:
-        if isinstance(action, Send):
-            connection = self.connections[action.peer]
-            if connection is not None:
-                connection.to_acceptor.append((action.message, []))
-        elif isinstance(action, Announced):
-            self.heartbeat(action.peer)
-        elif isinstance(action, CampaignFailed):
-            self.campaign_due = True
-        else:
-            assert isinstance(action, Defeated)
-            self.alive = False
-
-    def append_request(self, begin_lsn: int, end_lsn: int) -> AppendRequest:
-        """What arrives of the message with the WAL of a range."""
-        wal = bytes(end_lsn - begin_lsn)
-        return parse_append_request(self.core.append_header(begin_lsn, end_lsn) + wal)
-
-    def heartbeat(self, index: int) -> None:
-        """Send an empty AppendRequest."""
-        connection = self.connections[index]
-        peer = self.core.peers[index]
-        if connection is not None and peer.state is PeerState.STREAMING:
-            request = self.append_request(peer.next_lsn, peer.next_lsn)
-            connection.to_acceptor.append((request, []))
-
-    def send_wal(self, index: int) -> None:
-        """Send some of what a peer lacks, from where the real driver would take it."""
-        connection, peer = self.connections[index], self.core.peers[index]
-        if connection is None or peer.state is not PeerState.STREAMING:
-            return
-        lsn = peer.next_lsn
-        if lsn < self.core.epoch_start_lsn:
-            units = self._recover(index, lsn)
-        else:
-            begin = (lsn - self.core.epoch_start_lsn) // UNIT
-            units = self.wal[begin : begin + self.simulation.rng.randint(1, 5)]
-        if units:
-            peer.next_lsn = lsn + len(units) * UNIT
-            request = self.append_request(lsn, peer.next_lsn)
-            connection.to_acceptor.append((request, units))
-
-    def _recover(self, index: int, lsn: int) -> list[Unit]:
-        for source in self.core.sources(index):
-            node = self.simulation.nodes[source]
-            if node.acceptor.state.term == self.core.term:
-                end = min(node.acceptor.flush_lsn, self.core.epoch_start_lsn)
-                units = node.disk.units(lsn, end)
-                return units[: self.simulation.rng.randint(1, 5)]
-        return []
-
-    def write(self) -> None:
-        """Postgres starts, then writes."""
-        if self.core.phase is Phase.ELECTED and self.core.synced:
-            self.perform(self.core.start(self.core.epoch_start_lsn or START))
-        if self.core.phase is Phase.LEADER:
-            for _ in range(2 * self.simulation.rng.randint(1, 3)):
-                self.wal.append((self.core.term, self.simulation.serial()))
-
-    def _check(self) -> None:
-        core, simulation = self.core, self.simulation
-        if core.phase is not Phase.CAMPAIGN and core.term != self.checked_term:
-            self.checked_term = core.term
-            simulation.check_leader(self)
-        if core.commit_lsn:
-            simulation.check_commit(self)
+    def membership(self, older: list[Configuration]) -> Membership:
+        """What a compute with this configuration is told."""
+        earlier = tuple(
+            Generation(
+                one.number,
+                frozenset(i for i, member in enumerate(self.members) if member in one.members),
+                len(one.members),
+            )
+            for one in older
+        )
+        return Membership(self.number, tuple(instance for _, instance in self.members), earlier)
 
 
 class Simulation:
     """One schedule. `run` raises AssertionError when a promise is broken."""
 
-    def __init__(self, seed: int, acceptors: int = 3) -> None:
+    def __init__(
+        self, seed: int, acceptors: int = 3, rules: Rules | None = None, *, changes: bool = True
+    ) -> None:
         self.rng = random.Random(seed)
-        self.nodes = [AcceptorNode(self) for _ in range(acceptors)]
+        self.rules = rules or Rules()
+        self.changes = changes and self.rng.random() < 0.5
+        self.counts: Counter[str] = Counter()
+        self._numbers = 0
+        self.slots: list[AcceptorNode] = []
+        """Who is at which address."""
+        for _ in range(acceptors):
+            self.slots.append(self._new_node())
+        first = tuple((slot, node.instance) for slot, node in enumerate(self.slots))
+        self.configurations = [Configuration(1, first)]
+        self.established = 0
+        """The highest generation that the control plane knows to be established."""
         self.proposers: list[ProposerNode] = []
         self.zombies: list[Connection] = []
         self.committed: list[Unit] = []
         self.leaders: dict[int, ProposerNode] = {}
+        self.feedback = ZenithFeedback()
+        """The pageserver's: up to where it has WAL durably."""
         self.power_loss = self.rng.choice([0.0, 0.01, 0.05])
+        self.partitions = self.rng.choice([0.0, 0.0, 0.02])
+        self.newcomers = self.rng.choice([0.02, 0.02, 0.08])
+        self.duels = self.rng.choice([0.3, 0.3, 0.9])
+        self.operations = self.rng.choice([0.01, 0.03]) if self.changes else 0.0
+        self.breaks = self.rng.choice([0.0, 0.015, 0.05])
         self._serial = 0
-        self._numbers = 0
+
+    def _number(self) -> int:
+        self._numbers += 1
+        return self._numbers
+
+    def _new_node(self) -> AcceptorNode:
+        return AcceptorNode(self, self._number().to_bytes(16, "little"))
 
     def serial(self) -> int:
         """A number for a piece of WAL."""
@@ -293,7 +101,7 @@ class Simulation:
 
     def maybe_lose_power(self) -> None:
         """Raise PowerLossError now and then."""
-        if self.rng.random() < self.power_loss:
+        if self.power_loss and self.rng.random() < self.power_loss:
             raise PowerLossError
 
     # ---- steps
@@ -308,75 +116,109 @@ class Simulation:
         """One random event."""
         living = [p for p in self.proposers if p.alive]
         choice = self.rng.random()
-        if len(living) < 1 or (choice < 0.02 and len(living) < 3):
-            self._numbers += 1
-            self.proposers.append(ProposerNode(self, self._numbers))
+        if not living or (choice < self.newcomers and len(living) < 3):
+            self.proposers = [*living, self.start_compute()]
             return
-        if choice < 0.025:
-            self.restart(self.rng.choice(self.nodes))
+        choice = self.rng.random()
+        if choice < 0.005:
+            node = self.rng.choice(self.slots)
+            node.restart()
+            self.check_acceptor(node)
             return
-        if self.zombies and choice < 0.07:
+        if choice < 0.02:
+            self.save_progress(self.rng.choice(self.slots))
+            return
+        if choice < 0.02 + self.operations:
+            self.change()
+            return
+        if self.zombies and choice < 0.1:
             zombie = self.rng.choice(self.zombies)
             self.deliver_to_acceptor(zombie)
             if not zombie.to_acceptor or self.rng.random() < 0.2:
                 self.zombies.remove(zombie)
             return
         # The newest one mostly: a schedule of duels alone would never get far.
-        self.proposer_step(living[-1] if choice < 0.7 else self.rng.choice(living))
+        duel = self.rng.random() < self.duels
+        self.proposer_step(self.rng.choice(living) if duel else living[-1])
+
+    def save_progress(self, node: AcceptorNode) -> None:
+        """What a safekeeper does every second."""
+        try:
+            node.carry_out(node.acceptor.progress())
+        except PowerLossError:
+            node.restart()
+        self.check_acceptor(node)
+
+    def start_compute(self, *, stale: bool = True) -> ProposerNode:
+        """A compute with the last configuration, or perhaps with an older one."""
+        number = self._number()
+        if not self.changes:
+            slots = [slot for slot, _ in self.configurations[0].members]
+            return ProposerNode(self, number, slots, Membership())
+        last = len(self.configurations) - 1
+        if stale and last and self.rng.random() < 0.25:
+            last = self.rng.randrange(last)
+        chosen = self.configurations[last]
+        older = [one for one in self.configurations[:last] if one.number >= self.established]
+        slots = [slot for slot, _ in chosen.members]
+        return ProposerNode(self, number, slots, chosen.membership(older))
 
     def proposer_step(self, proposer: ProposerNode) -> None:
         """Some of the things that may happen between a proposer and an acceptor, in turn."""
         rng = self.rng
-        index = rng.randrange(len(self.nodes))
+        index = rng.randrange(len(proposer.slots))
+        if self.partitions and rng.random() < self.partitions:
+            proposer.cut ^= {index}
+        if index in proposer.cut:
+            if rng.random() < 0.1:
+                proposer.disconnect(index)
+            return
         connection = proposer.connections[index]
         if connection is None:
             if rng.random() < 0.5:
                 proposer.connect(index)
             return
-        if rng.random() < 0.015 or connection.generation != connection.node.generation:
+        choice = rng.random()
+        if choice < self.breaks or connection.broken:
             proposer.disconnect(index)
             return
-        if rng.random() < 0.7:
+        if choice < 0.7:
             self.deliver_to_acceptor(connection, proposer, index)
         if rng.random() < 0.7 and proposer.connections[index] is connection:
             self.deliver_to_proposer(connection, proposer, index)
-        if proposer.alive and rng.random() < 0.25:
+        if proposer.alive and rng.random() < 0.3:
             proposer.write()
-            proposer.send_wal(rng.randrange(len(self.nodes)))
-            proposer.heartbeat(rng.randrange(len(self.nodes)))
-        phase = proposer.core.phase
-        if proposer.campaign_due or (phase is Phase.ELECTED and rng.random() < 0.005):
+            proposer.send_wal(index)
+            proposer.send_wal(rng.randrange(len(proposer.slots)))
+            proposer.heartbeat(rng.randrange(len(proposer.slots)))
+            if self.changes and rng.random() < 0.2:
+                proposer.perform(proposer.core.tell_established())
+        phase = proposer.core.phase.value
+        if proposer.campaign_due or (phase == "elected" and rng.random() < 0.005):
             proposer.campaign_due = False
-            if proposer.alive and phase is not Phase.LEADER:
+            if proposer.alive and phase != "leader":
                 proposer.perform(proposer.core.campaign())
-
-    def restart(self, node: AcceptorNode) -> None:
-        """Power loss of an acceptor."""
-        node.restart()
-        self.check_acceptor(node)
 
     def deliver_to_acceptor(
         self, connection: Connection, proposer: ProposerNode | None = None, index: int = 0
     ) -> None:
         """Deliver the next message, or a batch of AppendRequests."""
-        node = connection.node
-        if not connection.to_acceptor or connection.generation != node.generation:
+        node, waiting = connection.node, connection.to_acceptor
+        if not waiting or connection.broken:
             return
-        batch = [connection.to_acceptor.popleft()]
-        while (
-            isinstance(batch[0][0], AppendRequest)
-            and connection.to_acceptor
-            and isinstance(connection.to_acceptor[0][0], AppendRequest)
-            and self.rng.random() < 0.5
-        ):
-            batch.append(connection.to_acceptor.popleft())
+        batch = [waiting.popleft()]
+        if isinstance(batch[0][0], AppendRequest):
+            while waiting and isinstance(waiting[0][0], AppendRequest) and self.rng.random() < 0.5:
+                batch.append(waiting.popleft())
         try:
-            connection.to_proposer += node.handle(connection.session, batch)
+            for reply in node.handle(connection.session, batch):
+                units = node.snapshot() if isinstance(reply, VoteResponse) else ()
+                connection.to_proposer.append((reply, units))
         except PowerLossError:
             node.restart()
-        except ConsensusError:
+        except self.rules.consensus.ConsensusError:
             # The shell ends the session; requests of the batch accepted before stay unflushed.
-            connection.to_acceptor.clear()
+            waiting.clear()
             if proposer is not None:
                 proposer.disconnect(index)
         self.check_acceptor(node)
@@ -386,22 +228,83 @@ class Simulation:
     ) -> None:
         """Deliver the next answer."""
         if connection.to_proposer:
-            proposer.perform(proposer.core.receive(index, connection.to_proposer.popleft()))
+            proposer.receive(index, *connection.to_proposer.popleft())
+
+    # ---- the operator, and broken disks
+
+    def mattering(self) -> list[Configuration]:
+        """The last configuration, and those that the control plane cannot rule out."""
+        return [one for one in self.configurations if one.number >= self.established]
+
+    def whole(self, slot: int, instance: bytes) -> bool:
+        """Whether a member is there, with its memory, and has got WAL if there is any."""
+        node = self.slots[slot]
+        known = node.acceptor.flush_lsn > 0 or not self.committed
+        return node.instance == instance and not node.disk.state.recovering and known
+
+    def expendable(self, slot: int) -> bool:
+        """Whether a majority of everybody who matters would stay whole, and known, without it."""
+        there = {
+            member
+            for member in self.configurations[-1].members
+            if member[0] != slot and self.whole(*member)
+        }
+        return all(
+            2 * len(there.intersection(one.members)) > len(one.members) for one in self.mattering()
+        )
+
+    def change(self) -> None:
+        """Replace a safekeeper, wipe or damage its disk, as long as a majority stays whole."""
+        rng = self.rng
+        last = self.configurations[-1]
+        position = rng.randrange(len(last.members))
+        slot, instance = last.members[position]
+        gone = self.slots[slot].instance != instance
+        choice = rng.random()
+        if choice < 0.4 or gone:
+            if len(self.configurations) < MOST_GENERATIONS and (gone or self.expendable(slot)):
+                self.replace(position, empty=not gone)
+        elif self.expendable(slot):
+            node = self.slots[slot]
+            if choice < 0.5:
+                self.counts["wiped"] += 1
+                node.starts += 1  # its sessions end
+                self.slots[slot] = self._new_node()
+            elif not node.disk.state.recovering:
+                self.counts["damaged"] += 1
+                node.damage(max(other.disk.first for other in self.slots))
+                self.check_acceptor(node)
+
+    def replace(self, position: int, *, empty: bool) -> None:
+        """Begin a generation with a new safekeeper, or the one that is at the address now."""
+        self.counts["replaced"] += 1
+        last = self.configurations[-1]
+        slot = last.members[position][0]
+        if empty:
+            slot = len(self.slots)
+            self.slots.append(self._new_node())
+        members = list(last.members)
+        members[position] = (slot, self.slots[slot].instance)
+        self.configurations.append(Configuration(last.number + 1, tuple(members)))
+
+    # ---- the end
 
     def heal(self) -> None:
         """No more faults: one new compute must get everything committed and more."""
         self.power_loss = 0.0
         self.zombies.clear()
-        for node in self.nodes:
-            self.restart(node)
-        self._numbers += 1
-        last = ProposerNode(self, self._numbers)
+        for node in self.slots:
+            node.restart()
+            self.check_acceptor(node)
+        last = self.start_compute(stale=False)
         self.proposers = [last]
+        members = self.configurations[-1].members
+        nodes = [self.slots[at] for at, who in members if self.slots[at].instance == who]
         written = len(self.committed)
-        for _ in range(400):
-            for index in range(len(self.nodes)):
+        for _ in range(600):
+            for index in range(len(last.slots)):
                 connection = last.connections[index]
-                if connection is None or connection.generation != connection.node.generation:
+                if connection is None or connection.broken:
                     last.disconnect(index)
                     last.connect(index)
                     continue
@@ -414,48 +317,71 @@ class Simulation:
             if last.campaign_due:
                 last.campaign_due = False
                 last.perform(last.core.campaign())
-            if len(last.wal) < 6:
+            if len(self.committed) < written + 6:
                 last.write()
-            done = last.wal and last.core.commit_lsn == last.end
-            if done and all(n.acceptor.commit_lsn == last.end for n in self.nodes):
+            done = last.core.commit_lsn == last.end and len(self.committed) >= written + 6
+            if done and all(node.acceptor.commit_lsn == last.end for node in nodes):
                 break
         else:
             raise AssertionError("no progress although nothing is broken any more")
-        assert len(self.committed) > written
-        assert len({tuple(node.disk.units(START, last.end)) for node in self.nodes}) == 1
+        assert last.log == self.committed
+        for node in nodes:
+            assert not node.disk.state.recovering, "an acceptor is never whole again"
+            assert node.snapshot() == self.committed, "logs differ in the end"
+        self.counts["committed"] += len(self.committed)
 
     # ---- promises
 
     def check_leader(self, proposer: ProposerNode) -> None:
         """One leader per term, and it has everything that was ever committed."""
         core = proposer.core
+        self.counts["elected"] += 1
         assert self.leaders.setdefault(core.term, proposer) is proposer, "two leaders in a term"
-        if any(term > core.term for term in self.leaders):
+        if max(self.leaders) > core.term:
             return  # learns of its votes late: what was committed since is not for it to know
         if core.bootstrap:
             assert not self.committed, "bootstrap over committed WAL"
         else:
-            committed_end = START + len(self.committed) * UNIT
-            assert core.epoch_start_lsn >= committed_end, "committed WAL lost in an election"
+            assert proposer.end == core.epoch_start_lsn
+            known = proposer.log[: len(self.committed)]
+            assert known == self.committed, "committed WAL lost in an election"
 
     def check_commit(self, proposer: ProposerNode) -> None:
         """What a leader takes for committed is what everybody ever took for committed."""
-        lsn = proposer.core.commit_lsn
-        for node, peer in zip(self.nodes, proposer.core.peers, strict=True):
-            if peer.flush_lsn < lsn:
-                continue
-            assert node.acceptor.flush_lsn >= lsn, "acknowledged WAL lost"
-            units = node.disk.units(START, lsn)
-            known = self.committed[: len(units)]
-            assert units[: len(known)] == known, "committed WAL changed"
-            self.committed += units[len(known) :]
+        core = proposer.core
+        lsn = core.commit_lsn
+        assert lsn > proposer.checked_commit, "the commit LSN goes back"
+        begin, end = max(0, proposer.checked_commit - START) // UNIT, (lsn - START) // UNIT
+        proposer.checked_commit = lsn
+        units = proposer.log[begin:end]
+        known = self.committed[begin:end]
+        assert units[: len(known)] == known, "committed WAL changed"
+        assert len(units) == end - begin, "WAL that does not exist is committed"
+        self.committed += units[len(known) :]
+        if self.rng.random() < 0.3:
+            self.feedback = ZenithFeedback(0, lsn, lsn, lsn)
+        if core.established:
+            # The control plane learns of it sooner or later.
+            if self.rng.random() < 0.5:
+                self.established = max(self.established, core.membership.generation)
+            self.counts["established"] += bool(core.membership.earlier)
+        for index, peer in enumerate(core.peers):
+            node = proposer.node(index)
+            if peer.flush_lsn >= lsn and not node.losses and node.starts:
+                whole = self.changes is False or node.instance == core.membership.instance(index)
+                assert not whole or node.acceptor.flush_lsn >= lsn, "acknowledged WAL lost"
 
     def check_acceptor(self, node: AcceptorNode) -> None:
         """Logs match up to their commit LSNs; the live state never runs ahead of the disk."""
         acceptor, disk = node.acceptor, node.disk
-        assert acceptor.commit_lsn <= max(acceptor.flush_lsn, acceptor.state.commit_lsn)
+        commit = acceptor.commit_lsn
+        assert commit <= max(acceptor.flush_lsn, acceptor.state.commit_lsn)
         assert acceptor.state.term == disk.state.term
-        if acceptor.commit_lsn > START:
-            units = disk.units(START, acceptor.commit_lsn)
-            assert units == self.committed[: len(units)], "an acceptor commits something else"
-            assert len(units) <= len(self.committed)
+        if commit != node.checked_commit:
+            assert commit > node.checked_commit, "the commit LSN of an acceptor goes back"
+            begin = max(node.checked_commit, disk.first)
+            node.checked_commit = commit
+            if commit > begin:
+                units = disk.units(begin, commit)
+                known = self.committed[(begin - START) // UNIT : (commit - START) // UNIT]
+                assert units == known, "an acceptor commits something else"

@@ -52,6 +52,8 @@ def leader() -> Proposer:
         core.receive(index, AcceptorGreeting(0))
     for index in range(3):
         core.receive(index, VoteResponse(TERM, True, 0, 0, ()))
+    for index in range(2):
+        core.receive(index, AcceptorGreeting(TERM))
     core.start(START)
     assert [peer.state for peer in core.peers] == [PeerState.STREAMING] * 3
     assert [peer.next_lsn for peer in core.peers] == [START] * 3

@@ -54,7 +54,8 @@ class WalWriter:
         while self.lsn < lsn:
             self.record(self._rng.randint(1, 2 * size))
 
-    def _put(self, data: bytes) -> None:
+    def _put(self, record: bytes) -> None:
+        data = memoryview(record)
         while data:
             room = WAL_BLCKSZ - self.lsn % WAL_BLCKSZ
             if room == WAL_BLCKSZ and self.data:

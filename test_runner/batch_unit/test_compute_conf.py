@@ -21,6 +21,7 @@ def node(**changes: object) -> Node:
         "tracked": {},
         "prepared": 0,
         "library": Path("/modules/zenith.so"),
+        "feedback_file": Path("/state/pageserver.feedback"),
     }
     return Node(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -68,9 +69,27 @@ def test_parse_takes_the_last_and_knows_twins() -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("500MB", 500 << 20), ("15", 15 << 20), (" 2 kB", 2048), ("0", 0), ("-1", 0), ("x", 0)],
+    [
+        ("500MB", 500 << 20),
+        ("15", 15 << 20),
+        (" 2048 kB ", 2 << 20),
+        ("1.5GB", 1536 << 20),
+        ("1.5e1", 15 << 20),
+        ("0x10", 16 << 20),
+        ("010MB", 8 << 20),
+        ("1TB", 1 << 40),
+        ("100kB", 0),  # rounded, and 0 is no limit
+        ("0", 0),
+        ("-1", 0),
+        ("-2", None),
+        ("3000TB", None),
+        ("1 mb", None),
+        ("1.2.3", None),
+        ("", None),
+        ("x", None),
+    ],
 )
-def test_size_limit(text: str, size: int) -> None:
+def test_size_limit(text: str, size: int | None) -> None:
     assert postgres_conf.size_limit({"lag": text}, "lag") == size
     assert postgres_conf.size_limit({}, "lag") == 0
 

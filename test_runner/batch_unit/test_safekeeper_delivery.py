@@ -21,6 +21,7 @@ from safekeeper.consensus import ControlState, ServerInfo
 from safekeeper.delivery import DELIVERY_FILE_NAME, Delivery, DeliveryFileError
 from safekeeper.metrics import SafekeeperMetrics, TimelineMetrics
 from safekeeper.timeline import Timeline
+from safekeeper.timeline_registry import TimelineRegistry
 from safekeeper.timelines import Timelines
 from zenith_utils.ids import TenantId, TenantTimelineId, TimelineId
 from zenith_utils.postgres_backend import Connection, PostgresServer, QueryError
@@ -114,7 +115,15 @@ def test_timeline_remembers_its_pageserver(
     directory = make_timeline(tmp_path, 0, 0, None)
 
     def load() -> Timeline:
-        return Timeline(timeline_id(0), directory, TimelineMetrics(), sync=False, helper=helper)
+        return Timeline(
+            timeline_id(0),
+            directory,
+            TimelineMetrics(),
+            registry=TimelineRegistry(tmp_path, [timeline_id(0)], sync=False),
+            instance=bytes(16),
+            sync=False,
+            helper=helper,
+        )
 
     timeline = load()
     timeline.delivered("nobody asked for it", START)

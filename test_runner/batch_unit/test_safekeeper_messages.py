@@ -6,6 +6,7 @@ import contextlib
 import json
 import random
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from safekeeper.consensus import ControlState, PeerInfo, ServerInfo
 from zenith_utils.crc32c import crc32c
 from zenith_utils.ids import TenantId, TimelineId
 from zenith_utils.safekeeper_messages import (
+    PROTOCOL_VERSION,
     AcceptorGreeting,
     AppendRequest,
     AppendResponse,
@@ -53,13 +55,15 @@ proposer_messages = st.one_of(
         ids.map(TenantId),
         st.just(1),
         st.just(16 << 20),
+        ids,
+        u64,
     ),
-    st.builds(VoteRequest, u64, ids),
-    st.builds(ProposerElected, u64, u64, histories),
+    st.builds(VoteRequest, u64, ids, u64),
+    st.builds(ProposerElected, u64, u64, histories, u64, u64),
 )
 acceptor_messages = st.one_of(
-    st.builds(AcceptorGreeting, u64),
-    st.builds(VoteResponse, u64, st.booleans(), u64, u64, histories),
+    st.builds(AcceptorGreeting, u64, ids, st.booleans()),
+    st.builds(VoteResponse, u64, st.booleans(), u64, u64, histories, u64, u64, st.booleans()),
     st.builds(
         AppendResponse,
         u64,
@@ -90,17 +94,30 @@ def test_append_round_trip(term: int, begin: int, wal: bytes) -> None:
 def test_sizes_on_the_wire() -> None:
     history = (TermLsn(1, 2), TermLsn(3, 4))
     greeting = ProposerGreeting(0, bytes(16), 0, TimelineId(bytes(16)), TenantId(bytes(16)), 1, 1)
-    assert len(greeting.encode()) == 80
-    assert len(VoteRequest(1).encode()) == 32
-    assert len(ProposerElected(3, 0, history).encode()) == 28 + 32
+    assert len(greeting.encode()) == 104
+    assert len(VoteRequest(1).encode()) == 40
+    assert len(ProposerElected(3, 0, history).encode()) == 44 + 32
     assert len(AppendRequest(1, 2, 3, 3, 4, 5, bytes(16)).encode_header()) == 72
-    assert len(AcceptorGreeting(1).encode()) == 16
-    assert len(VoteResponse(3, True, 0, 0, history).encode()) == 44 + 32
+    assert len(AcceptorGreeting(1).encode()) == 40
+    assert len(VoteResponse(3, True, 0, 0, history).encode()) == 68 + 32
     assert AppendResponse(7).encode()[:16] == b"a" + bytes(7) + b"\7" + bytes(7)
 
 
-def test_vote_request_without_the_proposer_id() -> None:
+def test_short_vote_requests() -> None:
     assert parse_proposer_message(struct.pack("<QQ", ord("v"), 5)) == VoteRequest(5)
+    assert parse_proposer_message(VoteRequest(5, b"p" * 16, 7).encode()[:32]) == VoteRequest(
+        5, b"p" * 16
+    )
+
+
+def test_greeting_of_an_older_protocol_is_understood_enough_to_refuse_it() -> None:
+    old = ProposerGreeting(
+        0, bytes(16), 0, TimelineId(bytes(16)), TenantId(bytes(16)), 1, 1, protocol_version=1
+    )
+    assert parse_proposer_message(old.encode()[:80]) == old
+    new = replace(old, protocol_version=PROTOCOL_VERSION)
+    with pytest.raises(MessageError, match="ProposerGreeting has 80 bytes, not 104"):
+        parse_proposer_message(new.encode()[:80])
 
 
 @given(st.one_of(proposer_messages, acceptor_messages), st.data())
@@ -141,6 +158,9 @@ STATE = ControlState(
     250,
     0,
     ((5, PeerInfo(1, 2, 3, 4)),),
+    9,
+    8,
+    True,
 )
 
 
@@ -151,7 +171,16 @@ def test_control_file_round_trip(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
     dump = json.loads(json.dumps(control_file.to_json(STATE)))
     assert dump["acceptor_state"]["term_history"][1] == {"term": 7, "lsn": 200}
+    assert (dump["generation"], dump["established"], dump["recovering"]) == (9, 8, True)
     assert dump["peers"] == [[5, {"s3_wal_lsn": 1, "term": 2, "flush_lsn": 3, "commit_lsn": 4}]]
+
+
+def test_control_file_of_version_4() -> None:
+    """It ends before the generation, which is 0 then."""
+    body = bytearray(control_file.encode(STATE)[: -4 - 17])
+    struct.pack_into("<I", body, 4, 4)
+    older = control_file.decode(bytes(body) + struct.pack("<I", crc32c(body)))
+    assert older == replace(STATE, generation=0, established=0, recovering=False)
 
 
 def test_every_flipped_bit_of_the_control_file_is_found() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import socket
 import struct
@@ -16,11 +17,11 @@ from batch_unit.safekeeper_support import WalWriter
 from postgres_ffi.wal_format import WAL_SEGMENT_SIZE
 from safekeeper.metrics import SafekeeperMetrics
 from safekeeper.receive_wal import PushSession
-from safekeeper.timeline import Timeline
+from safekeeper.timeline import Timeline, TimelineFailedError
 from safekeeper.timelines import Timelines
 from safekeeper.wal_files import SegmentReader
 from zenith_utils.ids import TenantId, TenantTimelineId, TimelineId
-from zenith_utils.postgres_connection import Connection, QueryError
+from zenith_utils.postgres_connection import Connection, FatalQueryError, QueryError
 from zenith_utils.safekeeper_messages import (
     MAX_SEND_SIZE,
     AcceptorMessage,
@@ -128,7 +129,7 @@ class Client:
 
 @pytest.fixture
 def timelines(tmp_path: Path) -> Timelines:
-    return Timelines(tmp_path, SafekeeperMetrics(), sync=False)
+    return Timelines(tmp_path, SafekeeperMetrics(), sync=True)
 
 
 @pytest.fixture
@@ -222,7 +223,7 @@ def test_another_leader(timelines: Timelines, client: Client) -> None:
     client.flushed(wal.lsn)
     other = Client(timelines)
     try:
-        greeting = opening()[: len(opening()) - len(frame(bytes(44)))]
+        greeting = opening()[: len(opening()) - len(frame(bytes(60)))]
         other.sock.sendall(greeting.replace(struct.pack("<Q", TERM), struct.pack("<Q", TERM + 1)))
         answer = other.answer()
         while not isinstance(answer, VoteResponse):
@@ -268,7 +269,7 @@ def test_other_messages_of_a_copy(timelines: Timelines, client: Client) -> None:
     assert client.flushed(wal.lsn)
     assert client.end() is None
     second = Client(timelines)
-    second.sock.sendall(opening(TERM + 1)[:85] + b"d\0\0\0\1rest")
+    second.sock.sendall(opening(TERM + 1)[:109] + b"d\0\0\0\1rest")
     assert "invalid message length 1" in str(second.end())
     second.sock.close()
 
@@ -299,3 +300,30 @@ def test_random_batches(timelines: Timelines, client: Client) -> None:
     timeline = timelines.get(TIMELINE)
     assert timeline.flush_lsn == wal.ends[-1]
     assert stored(timeline, len(data)) == data
+
+
+@pytest.mark.parametrize(
+    ("device", "for_good"), [("/dev/full", False), ("/dev/null", True)], ids=["write", "fdatasync"]
+)
+def test_disk_fails(timelines: Timelines, client: Client, device: str, for_good: bool) -> None:
+    """Nothing is answered; only after a failed fdatasync nobody knows what the disk has."""
+    wal = wal_of(2000)
+    middle = wal.ends[2]
+    client.sock.sendall(opening() + append(START, bytes(wal.data[: middle - START])))
+    client.flushed(middle)
+    timeline = timelines.get(TIMELINE)
+    # The one takes no bytes; the other takes them, and cannot be synced.
+    broken = os.open(device, os.O_RDWR)
+    os.dup2(broken, timeline.wal_end.fd)
+    os.close(broken)
+    client.sock.sendall(append(middle, bytes(wal.data[middle - START :])))
+    with pytest.raises(EOFError):
+        client.answer()
+    assert isinstance(client.end(), FatalQueryError)
+    assert timeline.failure is not None
+    assert timeline.failed_for_good == for_good
+    if for_good:
+        with pytest.raises(TimelineFailedError):
+            timelines.get(TIMELINE)
+    else:
+        assert timelines.get(TIMELINE).flush_lsn == middle

@@ -17,6 +17,7 @@ from postgres_ffi.wal_format import WAL_SEGMENT_SIZE, normalize_lsn
 from safekeeper import control_file, delivery, wal_removal
 from safekeeper.consensus import ControlState, ServerInfo
 from safekeeper.delivery import Delivery
+from safekeeper.identity import INSTANCE_SIZE
 from safekeeper.metrics import SafekeeperMetrics, TimelineMetrics
 from safekeeper.remote_wal import (
     CHECKSUM_SUFFIX,
@@ -26,6 +27,7 @@ from safekeeper.remote_wal import (
     RemoteWalUrlError,
 )
 from safekeeper.timeline import Timeline
+from safekeeper.timeline_registry import TimelineRegistry
 from safekeeper.timelines import Timelines
 from safekeeper.wal_files import WalMissingError, WalStorageError, list_segments, segment_path
 from safekeeper.wal_offload import WalOffload, check_records, store_segment
@@ -94,7 +96,17 @@ def lay_out(root: Path, wal: WalWriter, begin: int = START, origin: int = START)
 
 
 def load(directory: Path, helper: ThreadPoolExecutor, remote: RemoteWal | None = None) -> Timeline:
-    return Timeline(ID, directory, TimelineMetrics(), sync=False, helper=helper, remote=remote)
+    root = directory.parent.parent
+    return Timeline(
+        ID,
+        directory,
+        TimelineMetrics(),
+        registry=TimelineRegistry(root, [ID], sync=False),
+        instance=bytes(INSTANCE_SIZE),
+        sync=False,
+        helper=helper,
+        remote=remote,
+    )
 
 
 def numbers(directory: Path) -> list[int]:

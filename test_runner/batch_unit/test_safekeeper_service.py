@@ -58,7 +58,8 @@ def test_daemon_and_http(tmp_path: Path) -> None:
     pid = int((safekeeper.directory / "safekeeper.pid").read_text())
     try:
         # Sockets are bound before the parent leaves: no waiting.
-        assert safekeeper.http("v1/status") == {"id": 3}
+        instance = (safekeeper.directory / "safekeeper.instance").read_text()
+        assert safekeeper.http("v1/status") == {"id": 3, "instance": instance}
         url = f"http://127.0.0.1:{safekeeper.http_port}/v1/timeline"
         unknown = requests.get(f"{url}/{TIMELINE.tenant_id}/{TIMELINE.timeline_id}", timeout=10)
         assert unknown.status_code == 500

@@ -108,6 +108,21 @@ def test_segment_switch(store: Storage) -> None:
     assert store.restart(cut) == wal.lsn
 
 
+def test_wal_may_begin_anew_behind_its_end(store: Storage) -> None:
+    """Of a log that is recovering, when nobody has any more what it lacks."""
+    old, new = WalWriter(START, seed=1), WalWriter(START + WAL_SEGMENT_SIZE + 8192, seed=2)
+    old.until(START + 50_000)
+    new.until(new.lsn + 50_000)
+    store.storage.truncate(START, MAGIC)
+    store.write(old, START, old.lsn)
+    with pytest.raises(WalStorageError, match="it ends at"):
+        store.storage.truncate(new.start_lsn, MAGIC)
+    store.storage.truncate(new.start_lsn, MAGIC, may_skip=True)
+    assert not list(store.directory.iterdir())
+    assert store.write(new, new.start_lsn, new.lsn) == new.lsn
+    assert store.restart(new.start_lsn) == new.lsn
+
+
 def test_torn_tail_is_cut_off(store: Storage) -> None:
     wal = WalWriter(START)
     wal.until(START + 100_000)

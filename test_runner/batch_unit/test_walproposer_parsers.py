@@ -28,11 +28,11 @@ from compute_tools.walproposer._xlog_stream import StreamError, XLogStream
 from compute_tools.walproposer.core import Defeated, Proposer
 from zenith_utils.safekeeper_messages import (
     NO_FEEDBACK,
-    AcceptorGreeting,
     AppendRequest,
     AppendResponse,
     HotStandbyFeedback,
     MessageError,
+    VoteResponse,
     parse_acceptor_message,
 )
 from zenith_utils.zenith_feedback import ZenithFeedback
@@ -199,7 +199,7 @@ def some_answers(rng: random.Random) -> list[bytes]:
         hot = HotStandbyFeedback(rng.randint(0, 9))
         answers.append(AppendResponse(term, lsn, lsn // 2, hot, feedback).encode())
         if rng.random() < 0.2:
-            answers.append(AcceptorGreeting(TERM).encode())
+            answers.append(VoteResponse(TERM, False, 0, 0, ()).encode())
     return answers
 
 

@@ -27,6 +27,7 @@ from batch_unit.relay_support import (
 )
 
 from compute_tools.walproposer._link import Link
+from compute_tools.walproposer.safekeepers import Safekeeper
 from zenith_utils.safekeeper_messages import (
     APPEND_HEADER_SIZE,
     AcceptorGreeting,
@@ -207,3 +208,24 @@ def test_the_end_of_the_stream() -> None:
         assert pool.ends == ["end", ERROR[5:].replace(b"\0", b" ").decode().strip(),
                              "connection closed"]  # fmt: skip
         assert not pool.relay.report(force=True)
+
+
+def test_pauses_between_sessions() -> None:
+    """One who takes us and fails each time is tried less and less often; after a good session not.
+
+    Seconds are the test's own.
+    """
+    with pool_of(1) as (pool, _):
+        member = Safekeeper(0, ("localhost", 1), pool.core.peers[0])
+    now, pauses = 1000.0, []
+    for _ in range(8):
+        member.connected_at = now
+        member.back_off(now + 0.25)
+        pauses.append(member.retry_at - now - 0.25)
+        now = member.retry_at
+    assert pauses[0] < 0.1
+    assert pauses == sorted(pauses)
+    assert pauses[-2:] == [1.0, 1.0]
+    member.connected_at = now
+    member.back_off(now + 60.0)
+    assert member.retry_at - now - 60.0 == pytest.approx(pauses[0])

@@ -1,7 +1,10 @@
 """The zenith library: a commit is never acknowledged before the synchronous standby has it."""
 
 import contextlib
+import os
 import signal
+import socket
+import struct
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -17,7 +20,7 @@ from pgxn.build import build_module
 from postgres_ffi.distrib import find_distrib
 from zenith_utils.os_user import popen_kwargs
 
-LOCAL = "SET synchronous_commit = local"
+ASYNC = "SET synchronous_commit = off"
 
 
 @dataclass
@@ -119,7 +122,7 @@ def server() -> Iterator[Postgres]:
 def primary(server: Postgres) -> Iterator[Primary]:
     if server.process is None:
         server.start()
-    server.sql(LOCAL, "DROP TABLE IF EXISTS t", "CREATE TABLE t (i int)")
+    server.sql(ASYNC, "DROP TABLE IF EXISTS t", "CREATE TABLE t (i int)")
     with server_directory() as wal:
         primary = Primary(server, wal)
         yield primary
@@ -171,7 +174,7 @@ def test_prepared_transaction_waits_too(primary: Primary) -> None:
 def test_cancel_stops_a_procedure_after_its_commit(primary: Primary) -> None:
     postgres = primary.postgres
     postgres.sql(
-        LOCAL,
+        ASYNC,
         "CREATE OR REPLACE PROCEDURE two() LANGUAGE plpgsql AS $$ BEGIN"
         " INSERT INTO t VALUES (1); COMMIT; INSERT INTO t VALUES (2); COMMIT; END $$",
     )
@@ -224,6 +227,108 @@ def test_death_of_the_postmaster_ends_a_cancelled_commit(primary: Primary) -> No
         assert isinstance(statement.join(), psycopg2.OperationalError)
         wait_for(lambda: not Path(f"/proc/{pid}").exists(), "the backend to end")
     _wait_for_children_to_end(primary.postgres)
+
+
+def _extended_insert(postgres: Postgres) -> tuple[socket.socket, int]:
+    """A client whose insert, in the extended protocol, waits; its socket and backend.
+
+    CommandComplete precedes the commit there: it lies in the backend's output buffer.
+    """
+
+    def message(kind: bytes, body: bytes) -> bytes:
+        return kind + struct.pack(">I", len(body) + 4) + body
+
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(30)
+    sock.connect(f"{postgres.socket_dir}/.s.PGSQL.{PORT}")
+    startup = struct.pack(">I", 3 << 16) + b"user\0postgres\0database\0postgres\0\0"
+    sock.sendall(struct.pack(">I", len(startup) + 4) + startup)
+    greeting = b""
+    while not greeting.endswith(message(b"Z", b"I")):
+        greeting += sock.recv(4096)
+    key = greeting.index(message(b"K", bytes(8))[:5])
+    sock.sendall(
+        message(b"P", b"\0INSERT INTO t VALUES (1)\0\0\0")
+        + message(b"B", bytes(8))
+        + message(b"E", b"\0" + bytes(4))
+        + message(b"S", b"")
+    )
+    return sock, struct.unpack_from(">I", greeting, key + 5)[0]
+
+
+def _rest(sock: socket.socket) -> bytes:
+    """All that comes until the connection ends."""
+    received = b""
+    with contextlib.suppress(ConnectionResetError):
+        while data := sock.recv(4096):
+            received += data
+    return received
+
+
+@pytest.mark.parametrize("how", ["postmaster", "backend", "terminate"])
+def test_nothing_is_flushed_at_the_end(primary: Primary, how: str) -> None:
+    """An immediate shutdown, SIGQUIT out of the blue, terminate: the buffered success stays."""
+    postgres = primary.postgres
+    sock, pid = _extended_insert(postgres)
+    with sock:
+        query = f"SELECT wait_event FROM pg_stat_activity WHERE pid = {pid}"
+        wait_for(lambda: postgres.value(query) == "SyncRep", "the commit to wait")
+        if how == "postmaster":
+            postgres.stop(signal.SIGQUIT)
+        elif how == "backend":
+            os.kill(pid, signal.SIGQUIT)
+        else:
+            postgres.sql(f"SELECT pg_terminate_backend({pid})")
+        assert b"INSERT" not in _rest(sock)
+    if how == "backend":
+        assert postgres.process is not None
+        postgres.process.wait(30)
+        postgres.stop()
+
+
+def test_local_is_on(primary: Primary) -> None:
+    """What promises to survive a crash of this server needs the standby here."""
+    with contextlib.closing(primary.postgres.connect()) as connection:
+        with connection.cursor() as cursor:
+            cursor.execute("SET synchronous_commit = local")
+            assert "is taken as" in connection.notices[0]
+            cursor.execute("SHOW synchronous_commit")
+            assert cursor.fetchone() == ("on",)
+        statement = Statement(connection, "INSERT INTO t VALUES (1)")
+        primary.wait_in_commit(statement)
+        primary.connect_standby()
+        assert statement.join() is None
+
+
+def test_subscription_confirms_what_the_standby_has(primary: Primary) -> None:
+    """With its default, off, the publisher would forget what may be lost here."""
+    postgres = primary.postgres
+    with server_directory() as root:
+        initdb(postgres.distrib, root / "data")
+        settings = {"wal_level": "logical"}
+        with Postgres(postgres.distrib, root / "data", settings) as publisher:
+            publisher.sql("CREATE TABLE t (i int)")
+            publisher.sql("CREATE PUBLICATION p FOR TABLE t")
+            postgres.sql(
+                ASYNC,
+                f"CREATE SUBSCRIPTION s CONNECTION 'host={publisher.socket_dir} port={PORT} "
+                "user=postgres dbname=postgres' PUBLICATION p WITH (copy_data = false)",
+            )
+            publisher.sql("INSERT INTO t VALUES (1)")
+            end = publisher.value("SELECT pg_current_wal_lsn()")
+            worker = (
+                "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep' "
+                "AND backend_type = 'logical replication worker'"
+            )
+            wait_for(lambda: postgres.value(worker) == 1, "the worker's commit to wait")
+            confirmed = f"SELECT confirmed_flush_lsn >= '{end}' FROM pg_replication_slots"
+            assert publisher.value(confirmed) is False
+            primary.connect_standby()
+            wait_for(lambda: publisher.value(confirmed) is True, "the confirmation")
+            primary.disconnect_standby()
+            postgres.sql(ASYNC, "ALTER SUBSCRIPTION s DISABLE")
+            postgres.sql(ASYNC, "ALTER SUBSCRIPTION s SET (slot_name = NONE)")
+            postgres.sql(ASYNC, "DROP SUBSCRIPTION s")
 
 
 def test_synchronous_standby_names_cannot_be_reset(primary: Primary) -> None:

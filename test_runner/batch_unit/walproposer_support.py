@@ -230,13 +230,14 @@ class Walproposer(Process):
         self._stdin.flush()
 
     def event(self, name: str, timeout: float = DEADLINE) -> dict[str, Any]:
-        """Wait for an event of this name, passing over status events."""
+        """Wait for an event of this name, passing over those that come at any time."""
         end = time.monotonic() + timeout
         while True:
             event = self._next_event(end)
             if event["event"] == name:
                 return event
-            assert event["event"] == "status", f"expected {name}, got {event}"
+            passing = event["event"] in ("status", "waiting", "campaign", "won")
+            assert passing, f"expected {name}, got {event}"
 
     def _next_event(self, end: float) -> dict[str, Any]:
         assert self._stdout is not None

@@ -1,0 +1,154 @@
+"""Where in the WAL a hot standby begins: found in the very WAL that it is going to replay.
+
+It has to learn which transactions run there and which access exclusive locks they hold. Two kinds
+of places tell:
+
+- a shutdown checkpoint, such as every start of a read-write node writes: only prepared
+  transactions are left there, and the base backup has those;
+- a snapshot that the zenith library wrote between two marks (pgxn/zenith/standby_snapshot.c):
+  locks first, then the running transactions.
+
+From there on everything comes as records. Only committed WAL is looked at.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from compute_tools._standby_scan import scan
+from compute_tools.spec import ComputeSpec, address_text
+from compute_tools.standby_feed import connect_safekeeper, flush_lsn, progress
+from postgres_ffi.decoded_record import DecodedRecord
+from postgres_ffi.standby_records import RunningXacts, parse_running_xacts
+from postgres_ffi.versions import PgVersion, Rmgr
+from postgres_ffi.wal_decoder import WalDecodeError, WalDecoder
+from postgres_ffi.wal_format import WAL_SEGMENT_SIZE, segment_start
+from postgres_ffi.xlog_records import XLOG_CHECKPOINT_SHUTDOWN
+from zenith_utils.lsn import Lsn
+from zenith_utils.pq_client import PqConnection, PqError
+
+log = logging.getLogger(__name__)
+
+_SNAPSHOT_BEGINS = b"zenith snapshot {"
+_SNAPSHOT_ENDS = b"zenith snapshot }"
+_XLOG_DATA = struct.Struct(">cQQq")
+_TAG_XLOG_DATA = ord("w")
+_READ_TIMEOUT = 10.0
+# How far back a place is looked for: the last segment alone, then with so many before it.
+_SEGMENTS_BACK = (0, 1, 2, 4, 8, 16, 32, 64, 128)
+
+
+class StandbyStartError(Exception):
+    """No place to begin was found; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class StandbyStart:
+    """A place where replay can begin: `lsn` is the start of a record.
+
+    `oldest_running_xid` is None if only prepared transactions are left there. With `overflowed`
+    subtransactions are missing in the snapshot: the standby opens when they have ended.
+    `committed_lsn` is what was known to be committed when the place was looked for.
+    """
+
+    lsn: Lsn
+    oldest_running_xid: int | None
+    overflowed: bool = False
+    committed_lsn: int = 0
+
+
+def find_standby_start(spec: ComputeSpec, version: PgVersion) -> StandbyStart:
+    """The last place in the committed WAL where a standby can begin; raises StandbyStartError.
+
+    Asks the safekeeper that has most WAL, then the others.
+    """
+    reasons: list[str] = []
+    known = progress(spec, reasons)
+    for address in sorted(known, key=lambda address: known[address], reverse=True):
+        try:
+            found = _search(address, spec, version)
+        except (PqError, OSError, TimeoutError, WalDecodeError, ValueError) as e:
+            reasons.append(f"{address_text(*address)}: {e}")
+            continue
+        if found is not None:
+            log.info("replay begins at %s, found on %s", found.lsn, address_text(*address))
+            return found
+        reasons.append(f"{address_text(*address)}: no place to begin in the WAL it has")
+    raise StandbyStartError(
+        "cannot start a hot standby: no safekeeper has WAL of this timeline to follow; start a "
+        f"read-write node of the branch first ({'; '.join(reasons)})"
+    )
+
+
+def places(records: Iterable[DecodedRecord]) -> Iterator[StandbyStart]:
+    """The places where a standby can begin among records in WAL order.
+
+    A snapshot counts if it is the only one between its marks: then its locks are there, too.
+    """
+    begin: int | None = None
+    snapshots: list[RunningXacts] = []
+    for record in records:
+        if record.rmid == Rmgr.STANDBY:
+            snapshots.append(parse_running_xacts(record.main_data))
+        elif record.rmgr_info == XLOG_CHECKPOINT_SHUTDOWN:
+            begin = None
+            yield StandbyStart(Lsn(record.start_lsn), None)
+        elif record.main_data == _SNAPSHOT_BEGINS:
+            begin, snapshots = record.start_lsn, []
+        elif record.main_data == _SNAPSHOT_ENDS:
+            if begin is not None and len(snapshots) == 1:
+                (one,) = snapshots
+                yield StandbyStart(Lsn(begin), one.oldest_running_xid, one.subxid_overflow)
+            begin = None
+
+
+def _search(address: tuple[str, int], spec: ComputeSpec, version: PgVersion) -> StandbyStart | None:
+    """The last place with a whole snapshot, as far back as there is WAL; else the last of all."""
+    with connect_safekeeper(address, spec) as conn:
+        last = segment_start(flush_lsn(conn))
+    best: StandbyStart | None = None
+    for back in _SEGMENTS_BACK:
+        begin = last - back * WAL_SEGMENT_SIZE
+        if begin < 0:
+            break
+        try:
+            with connect_safekeeper(address, spec) as conn:
+                records, committed_lsn = _read(conn, begin, version)
+        except PqError:
+            if back == 0:
+                raise
+            break  # there is no more WAL
+        found = list(places(records))
+        whole = [place for place in found if not place.overflowed]
+        if found:
+            best = replace((whole or found)[-1], committed_lsn=committed_lsn)
+        if whole:
+            break
+    return best
+
+
+def _read(conn: PqConnection, begin: int, version: PgVersion) -> tuple[list[DecodedRecord], int]:
+    """The records of interest from the segment start `begin` to the commit LSN, which comes second.
+
+    Where the timeline begins in this segment, so does what the safekeeper sends.
+    """
+    conn.start_copy_both(f"START_REPLICATION {Lsn(begin)} TIMELINE 1")
+    decoder: WalDecoder | None = None
+    records: list[DecodedRecord] = []
+    position = begin
+    while True:
+        message = conn.recv_copy_data(timeout=_READ_TIMEOUT)
+        if message is None or message[0] != _TAG_XLOG_DATA:
+            return records, position  # a keepalive: nothing more is committed
+        _, lsn, commit_lsn, _ = _XLOG_DATA.unpack_from(message)
+        data = message[_XLOG_DATA.size :]
+        if decoder is None:
+            magic = version.xlog_page_magic
+            decoder = WalDecoder(lsn, magic, WAL_SEGMENT_SIZE, join_mid_record=True)
+        records += scan(decoder, data)
+        position = lsn + len(data)
+        if position >= commit_lsn:
+            return records, position

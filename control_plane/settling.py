@@ -1,0 +1,81 @@
+"""Bringing branches without a compute to the present generation of safekeepers.
+
+A walproposer without Postgres is elected, brings new safekeepers up, establishes the generation and
+leaves. Where a compute runs, its restart does that: it must not be fenced by us.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+from compute_tools.spec import ComputeSpec, SpecError
+from control_plane import membership, node_safekeepers
+from control_plane.compute import ComputeControlPlane, Say
+from control_plane.environment import daemon_environment
+from control_plane.local_env import LocalEnv
+
+_TIMEOUT = 30.0
+
+
+def settle(env: LocalEnv, say: Say) -> None:
+    """Establish the present generation where there is WAL and no compute; failures are told."""
+    standings = membership.ask_standings(env).values()
+    busy = _with_compute(env)
+    for key, name in sorted(membership.timeline_names(env, standings).items()):
+        known = [standing[key] for standing in standings if key in standing]
+        late = all(s.established < env.safekeeper_generation for s in known)
+        if key not in busy and late and any(s.has_wal for s in known):
+            trouble = _establish(env, *key.split("-"))
+            say(
+                f"branch {name} now has safekeepers of generation {env.safekeeper_generation}"
+                if not trouble
+                else f"branch {name} goes on with the safekeepers of before until a compute is "
+                f"started on it: {trouble}"
+            )
+
+
+def _with_compute(env: LocalEnv) -> set[str]:
+    """The timelines, as `<tenant>-<timeline>`, that a living compute writes to."""
+    busy = set()
+    for _, state_dir in ComputeControlPlane(env).living():
+        try:
+            spec = ComputeSpec.load(state_dir / "spec.json")
+        except SpecError:
+            continue
+        if not spec.read_only:
+            busy.add(f"{spec.tenant_id}-{spec.timeline_id}")
+    return busy
+
+
+def _establish(env: LocalEnv, tenant: str, timeline: str) -> str:
+    """Why it did not work; empty if it did."""
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-P", "-m", "compute_tools.walproposer", "--settle"),
+            *(f"--tenant={tenant}", f"--timeline={timeline}"),
+            f"--safekeepers={node_safekeepers.setting(node_safekeepers.own_addresses(env))}",
+            f"--membership={json.dumps(membership.membership(env).to_json())}",
+        ],
+        # Its end of this pipe tells it that we are there.
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=daemon_environment(),
+    )
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        process.wait(_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        process.kill()
+        code = process.wait()
+        process.stdin.close()
+    events = [json.loads(line) for line in process.stdout.read().splitlines()]
+    process.stdout.close()
+    if code == 0:
+        return ""
+    messages = [str(event["message"]) for event in events if "message" in event]
+    return messages[-1] if messages else f"no election within {_TIMEOUT:.0f} s"

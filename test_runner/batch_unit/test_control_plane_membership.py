@@ -1,0 +1,212 @@
+"""Generations of safekeepers: what a change needs, and what computes are told of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from compute_tools.safekeeper_membership import (
+    NOT_KNOWN,
+    SafekeeperMember,
+    SafekeeperMembership,
+)
+from compute_tools.walproposer.membership import ANY_INSTANCE, Generation, Membership
+from control_plane import node_safekeepers
+from control_plane.errors import ControlPlaneError
+from control_plane.local_env import (
+    GenerationMember,
+    LocalEnv,
+    SafekeeperConf,
+    SafekeeperGeneration,
+)
+from control_plane.membership import (
+    Standings,
+    TimelineStanding,
+    begin_generation,
+    check_disk,
+    membership,
+    record_instance,
+    still_mattering,
+)
+from zenith_utils.ids import TenantId, TimelineId
+
+TENANT = TenantId.parse("11" * 16)
+MAIN = TimelineId.parse("22" * 16)
+KEY = f"{TENANT}-{MAIN}"
+
+
+def instance(node_id: int) -> str:
+    return f"{node_id:02x}" * 16
+
+
+def confs(ids: Iterable[int], *, started: bool = True) -> list[SafekeeperConf]:
+    return [
+        SafekeeperConf(i, 5450 + i, 7670 + i, instance=instance(i) if started else "") for i in ids
+    ]
+
+
+@pytest.fixture
+def env(tmp_path: Path) -> LocalEnv:
+    made = LocalEnv(
+        repo_dir=tmp_path,
+        pg_distrib_dir=Path("/pg"),
+        zenith_distrib_dir=Path("/z"),
+        default_tenant_id=TENANT,
+        safekeepers=confs((1, 2, 3)),
+        branches={"main": {TENANT: MAIN}},
+    )
+    made.save()
+    return made
+
+
+def standings(known: dict[int, tuple[bool, int]]) -> Standings:
+    """What safekeepers say of the branch main: whether it has WAL, and what is established."""
+    return {
+        instance(node_id): {KEY: TimelineStanding("main", *standing)}
+        for node_id, standing in known.items()
+    }
+
+
+def nobody() -> Standings:
+    return {}
+
+
+def test_config_keeps_generations(env: LocalEnv) -> None:
+    begin_generation(env, confs((1, 3, 4)), nobody)
+    env.safekeepers[2].instance = ""
+    env.save()
+    loaded = LocalEnv.load(env.repo_dir)
+    assert loaded == env
+    assert loaded.safekeeper_generation == 1
+    assert loaded.earlier_generations == [
+        SafekeeperGeneration(0, [GenerationMember(i, 5450 + i, instance(i)) for i in (1, 2, 3)])
+    ]
+
+
+def test_config_of_before_has_no_generations(env: LocalEnv) -> None:
+    lines = [line for line in env.to_toml().splitlines() if not line.startswith("instance")]
+    loaded = LocalEnv.parse("\n".join(lines), env.repo_dir)
+    assert (loaded.safekeeper_generation, loaded.earlier_generations) == (0, [])
+    assert membership(loaded).for_proposer() == Membership(0, (ANY_INSTANCE,) * 3)
+    with pytest.raises(ControlPlaneError, match="out of order"):
+        text = "[[earlier_safekeeper_generations]]\nnumber = 3\nmembers = []\n"
+        LocalEnv.parse(text, env.repo_dir)
+
+
+def test_computes_are_told_who_is_left(env: LocalEnv) -> None:
+    begin_generation(env, confs((1, 3, 4)), nobody)
+    told = membership(env)
+    assert told.members == tuple(SafekeeperMember(i, instance(i)) for i in (1, 3, 4))
+    assert told.earlier == (Generation(0, frozenset({0, 1}), 3),)
+    assert SafekeeperMembership.from_json(told.to_json()) == told
+    core = told.for_proposer()
+    assert (core.generation, core.instance(2)) == (1, bytes.fromhex(instance(4)))
+    assert NOT_KNOWN.for_proposer() == Membership()
+
+
+def test_same_id_on_another_disk_is_another_safekeeper(env: LocalEnv) -> None:
+    new = confs((1, 2, 3))
+    new[1].instance = instance(9)
+    begin_generation(env, new, nobody)
+    assert membership(env).earlier == (Generation(0, frozenset({0, 2}), 3),)
+    newer = confs((1, 2, 3))
+    with pytest.raises(ControlPlaneError, match="leave 1 of the 3"):
+        newer[0].instance = newer[1].instance = instance(8)
+        begin_generation(env, newer, nobody)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [((1, 2, 3), (3, 4, 5)), ((1,), (2,)), ((1, 2), (2,))]
+)
+def test_more_than_a_minority_at_once_is_refused(
+    env: LocalEnv, before: tuple[int, ...], after: tuple[int, ...]
+) -> None:
+    env.safekeepers = confs(before)
+    with pytest.raises(ControlPlaneError, match="needed to know everything that was committed"):
+        begin_generation(env, confs(after), nobody)
+    assert env.safekeepers == confs(before)
+
+
+def test_unused_safekeepers_may_all_go(env: LocalEnv) -> None:
+    env.safekeepers = confs((1, 2, 3), started=False)
+    begin_generation(env, confs((7,), started=False), nobody)
+    assert (env.safekeeper_generation, env.earlier_generations) == (0, [])
+
+
+@pytest.mark.parametrize(
+    ("known", "mattering"),
+    [
+        ({1: (True, 1)}, False),  # one that knows is enough
+        ({1: (True, 0), 3: (True, 0), 4: (True, 0)}, True),
+        ({1: (False, 0), 3: (False, 0)}, False),  # a majority of 1, 2 and 3 would show
+        ({1: (False, 0), 4: (False, 0)}, True),  # 2 and 3 may have a commit
+        ({}, True),
+    ],
+)
+def test_earlier_generation_matters_until_a_later_one_is_established(
+    env: LocalEnv, known: dict[int, tuple[bool, int]], mattering: bool
+) -> None:
+    begin_generation(env, confs((1, 3, 4)), nobody)
+    left, waiting = still_mattering(env, standings(known))
+    assert bool(left) == mattering
+    assert waiting == (["main"] if mattering else [])
+    if mattering:
+        with pytest.raises(ControlPlaneError, match="Not established in a later generation yet"):
+            begin_generation(env, confs((3, 4, 5)), lambda: standings(known))
+        begin_generation(env, confs((3, 4, 5)), lambda: standings(known), accept_loss=True)
+        assert [g.number for g in env.earlier_generations] == [1]
+    else:
+        begin_generation(env, confs((3, 4, 5)), lambda: standings(known))
+        assert [g.number for g in env.earlier_generations] == [1]
+
+
+def test_lost_disk_is_told(env: LocalEnv) -> None:
+    directory = env.safekeeper_dir(2)
+    directory.mkdir(parents=True)
+    with pytest.raises(ControlPlaneError, match="safekeeper 2 has lost its disk") as error:
+        check_disk(env, 2)
+    assert "zenith safekeeper replace 2" in str(error.value)
+    (directory / "safekeeper.instance").write_text(instance(9))
+    with pytest.raises(ControlPlaneError, match=f"another disk's .instance {instance(9)}"):
+        check_disk(env, 2)
+    (directory / "safekeeper.instance").write_text(instance(2))
+    check_disk(env, 2)
+
+
+def test_instance_is_recorded_at_the_first_start(env: LocalEnv) -> None:
+    env.safekeepers = confs((1, 2, 3), started=False)
+    env.earlier_generations = [SafekeeperGeneration(0, [GenerationMember(2, 5452)])]
+    env.safekeeper_generation = 1
+    env.save()
+    directory = env.safekeeper_dir(2)
+    directory.mkdir(parents=True)
+    with pytest.raises(ControlPlaneError, match="runs without"):
+        record_instance(env, 2)
+    (directory / "safekeeper.instance").write_text(instance(2))
+    record_instance(env, 2)
+    saved = LocalEnv.load(env.repo_dir)
+    assert [conf.instance for conf in saved.safekeepers] == ["", instance(2), ""]
+    assert saved.earlier_generations[0].members[0].instance == instance(2)
+
+
+def test_nodes_follow_what_was_the_environments(env: LocalEnv, tmp_path: Path) -> None:
+    own = node_safekeepers.own_addresses(env)
+    assert node_safekeepers.are_own(env, (("127.0.0.1", 5453), *own[:2]))
+    assert node_safekeepers.were_own(env, own)
+    begin_generation(env, confs((1, 3, 4)), nobody)
+    assert node_safekeepers.were_own(env, own)
+    assert not node_safekeepers.are_own(env, own)
+    for foreign in ((), own[:2], (*own[:2], ("elsewhere", 5453))):
+        assert not node_safekeepers.were_own(env, foreign)
+    conf = tmp_path / "postgresql.conf"
+    conf.write_text(
+        "a = 1\nwal_acceptors='localhost:1'\n# wal_acceptors = x\nb = 2 # \udce9\n",
+        errors="surrogateescape",
+    )
+    node_safekeepers.follow(tmp_path, node_safekeepers.own_addresses(env))
+    assert conf.read_text(errors="surrogateescape") == (
+        "a = 1\nwal_acceptors='localhost:5451,localhost:5453,localhost:5454'\n"
+        "# wal_acceptors = x\nb = 2 # \udce9\n"
+    )
