@@ -434,16 +434,41 @@ def test_hole_is_damage(
     tmp_path: Path, wal: WalWriter, helper: ThreadPoolExecutor, storage: Path
 ) -> None:
     directory = lay_out(tmp_path / "sk", wal)
-    segment_path(directory, FIRST + 1, partial=False).unlink()
+    timelines = Timelines(tmp_path / "sk", SafekeeperMetrics(), sync=False)
     timeline = load(directory, helper, RemoteWal.open(storage.as_uri()))
+    segment_path(directory, FIRST + 1, partial=False).unlink()
     # The record that continues in the missing one cannot be checked.
     offload(timeline).work()
     assert timeline.kept.offload_lsn == 0
-    timeline.kept.offload_lsn = (FIRST + 1) * WAL_SEGMENT_SIZE
-    offload(timeline).work()
-    assert timeline.kept.offload_lsn == (FIRST + 1) * WAL_SEGMENT_SIZE
+    assert timeline.failure is not None
     assert not list(storage.rglob("0*"))
-    assert missing_segment(list_segments(directory)) == FIRST + 1
+    # What is left is of no use before a leader has said how it goes on: nothing of it is removed.
+    timeline = load(directory, helper, RemoteWal.open(storage.as_uri()))
+    assert timeline.acceptor.state.recovering
+    before = numbers(directory)
+    timeline.kept.offload_lsn = wal.lsn
+    offload(timeline).work()
+    assert WalRetention(timelines, RetentionSettings(keep_size=0)).work_on(timeline) == 0
+    assert numbers(directory) == before
+    assert not list(storage.rglob("0*"))
+
+
+def test_removal_is_no_damage_to_who_checks(
+    tmp_path: Path, wal: WalWriter, helper: ThreadPoolExecutor
+) -> None:
+    """A record's first part is in a segment that goes while the next one is checked."""
+    directory = lay_out(tmp_path / "sk", wal)
+    timeline = load(directory, helper)
+    seen = timeline.commit_lsn
+    segment_path(directory, FIRST, partial=False).unlink()
+    timeline.check_all_wal()
+    assert timeline.failure is None
+    assert not timeline.acceptor.state.recovering
+    again = load(directory, helper)
+    again.check_all_wal()
+    assert again.failure is None
+    assert again.commit_lsn == seen
+    assert not again.acceptor.state.recovering
 
 
 @pytest.mark.parametrize(
