@@ -45,8 +45,8 @@ class PageserverConf:
 class SafekeeperConf:
     """Where one safekeeper listens; `sync` false runs it without fsync.
 
-    `instance` is that of its data directory in hex, empty before its first start. The others are
-    options of its program about the WAL it keeps, not given if they are empty.
+    `instance` is that of its data directory in hex, empty before its first start. The `wal_` ones
+    are options of its program about the WAL it keeps, not given if they are empty.
     """
 
     id: int = 1

@@ -75,11 +75,11 @@ class HttpApi:
             "peer_horizon_lsn": lsn_text(state.peer_horizon_lsn),
             "remote_consistent_lsn": lsn_text(state.remote_consistent_lsn),
             "flush_lsn": lsn_text(acceptor.flush_lsn),
+            "oldest_lsn": lsn_text(timeline.oldest_lsn()),
+            "wal_held_by": timeline.kept.holder,
             "generation": state.generation,
             "established": state.established,
             "recovering": state.recovering,
-            "oldest_lsn": lsn_text(timeline.oldest_lsn()),
-            "wal_held_by": timeline.kept.holder,
         }
 
     def _create_timeline(self, request: Request) -> Response:

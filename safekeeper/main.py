@@ -151,7 +151,7 @@ def _add_retention_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--ttl",
-        type=_period,
+        type=_duration,
         metavar="DURATION",
         help="the same to the S3 bucket zenith-testbucket below walarchive/, for segments of that "
         "age, with the credentials S3_REGION, S3_ENDPOINT, S3_ACCESSKEY and S3_SECRET of the "
@@ -166,11 +166,15 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(e)) from e
 
 
-def _period(text: str) -> float:
+def _duration(text: str) -> float:
     try:
-        seconds = parse_duration(text)
+        return parse_duration(text)
     except DurationError as e:
         raise argparse.ArgumentTypeError(str(e)) from e
+
+
+def _period(text: str) -> float:
+    seconds = _duration(text)
     if not seconds:
         raise argparse.ArgumentTypeError(f"a period of {text!r}: it must be longer than nothing")
     return seconds

@@ -82,7 +82,7 @@ class Timeline:
     ) -> None:
         """Load the timeline in `directory`: control file, end of WAL. `instance` is the node's.
 
-        `remote` is where segments that are not here any more can be had. Damage makes it
+        `remote` is where segments that are not here any more can be had. Damage makes the timeline
         `recovering`. Raises FileNotFoundError (no such timeline), ControlFileError,
         WalStorageError, RegistryError, OSError.
         """
@@ -102,8 +102,8 @@ class Timeline:
         # Behind it everything was decoded just now.
         magic = wal_magic(state.server.pg_version)
         self._verifier = WalVerifier(directory, state.commit_lsn, magic)
-        self.acceptor = Acceptor(state, self._storage.flush_lsn, instance)
         self.kept = KeptWal(timeline_id, directory, remote)
+        self.acceptor = Acceptor(state, self._storage.flush_lsn, instance)
         self._advanced = threading.Condition()
         self._waiting = 0
         self._computes = 0
@@ -132,6 +132,12 @@ class Timeline:
     def commit_lsn(self) -> int:
         """WAL below is committed and here; never goes back."""
         return self.acceptor.commit_lsn
+
+    @property
+    def wal_begin_lsn(self) -> int:
+        """Where the WAL of the timeline begins; 0 while that is not known."""
+        history = self.acceptor.state.term_history
+        return history[0].lsn if history else 0
 
     @property
     def wal_end(self) -> WalEnd:
@@ -270,6 +276,7 @@ class Timeline:
                     state = self.acceptor.state
                     magic = wal_magic(state.server.pg_version)
                     self._storage.truncate(action.lsn, magic, may_skip=state.recovering)
+                    self.kept.restarted()
         except BaseException as e:
             self._fail(e)
             raise
@@ -366,12 +373,6 @@ class Timeline:
         with self.lock:
             return self.acceptor.state.commit_lsn
 
-    @property
-    def origin_lsn(self) -> int:
-        """Where the timeline's WAL begins, wherever it is; 0 while that is not known."""
-        history = self.acceptor.state.term_history
-        return history[0].lsn if history else 0
-
     def oldest_lsn(self) -> int:
         """Where WAL begins here, 0 if there is none. Raises WalStorageError, OSError."""
         return self.kept.first_lsn(self.acceptor.state.commit_lsn)
@@ -382,7 +383,7 @@ class Timeline:
         Raises WalStorageError, OSError.
         """
         oldest = self.oldest_lsn()
-        return oldest if normalize_lsn(oldest) > normalize_lsn(self.origin_lsn) else 0
+        return oldest if normalize_lsn(oldest) > normalize_lsn(self.wal_begin_lsn) else 0
 
     def wal_needs(self, *, remote_consistent: bool, keep_size: int) -> WalNeeds:
         """Up to where WAL is wherever it may be needed, as far as that will be known after a crash.

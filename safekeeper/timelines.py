@@ -44,7 +44,7 @@ class Timelines:
         instance: bytes = bytes(INSTANCE_SIZE),
         remote: RemoteWal | None = None,
     ) -> None:
-        """`instance` is that of the data directory, `remote` where WAL is offloaded to, if it is.
+        """`instance` is that of the data directory; WAL is offloaded to `remote`, if it is.
 
         Raises RegistryError, OSError.
         """
@@ -122,7 +122,7 @@ class Timelines:
                 logger.error("cannot tell whether WAL is to be delivered: %s", e)
 
     def on_disk(self) -> Iterator[tuple[TenantTimelineId, Path]]:
-        """All timelines with their directories, loaded or not."""
+        """The timelines that have a directory with a control file, and it; loaded or not."""
         for path in sorted(self._directory.glob(f"*/*/{control_file.CONTROL_FILE_NAME}")):
             try:
                 timeline_id = TenantTimelineId(

@@ -109,15 +109,20 @@ def wal_damaged(directory: Path, error: WalDecodeError, good_end: int) -> WalDam
 
 def _scan(directory: Path, begin_lsn: int, end_lsn: int, magic: int) -> WalDecodeError | None:
     """Check the records that have bytes in a range which begins with a segment; the first error."""
-    segno = begin_lsn // WAL_SEGMENT_SIZE
-    reader = SegmentReader(directory)
-    try:
-        # A record of which a part lies before is decoded from its start, if that is here.
-        while segno > 0 and _reaches(reader, segno, begin_lsn):
-            segno -= 1
-    finally:
-        reader.close()
-    return _decode(directory, segno, end_lsn, magic)[1]
+    first = begin_lsn // WAL_SEGMENT_SIZE
+    while True:
+        segno = first
+        reader = SegmentReader(directory)
+        try:
+            # A record of which a part lies before is decoded from its start, if that is here.
+            while segno > 0 and _reaches(reader, segno, begin_lsn):
+                segno -= 1
+        finally:
+            reader.close()
+        decoder, error = _decode(directory, segno, end_lsn, magic)
+        if decoder is not None or error is not None or segno == first:
+            return error
+        # The segment that the record begins in was removed just now.
 
 
 def _reaches(reader: SegmentReader, segno: int, lsn: int) -> bool:

@@ -92,7 +92,9 @@ class WalOffload:
         unanswered = 0
         for timeline in self._timelines():
             trouble = self._troubles.get(timeline.id)
-            if timeline.failure is not None or (trouble and time.monotonic() < trouble.due):
+            if timeline.failure is not None or timeline.acceptor.state.recovering:
+                continue
+            if trouble and time.monotonic() < trouble.due:
                 continue
             try:
                 more |= self._work_on(timeline)
@@ -212,6 +214,8 @@ def store_segment(remote: RemoteWal, timeline: Timeline, segno: int, commit_lsn:
         )
     if stored is not None and remote.size(timeline.id, segno) == WAL_SEGMENT_SIZE:
         return False
+    # Damage since an earlier run is brought back from the other safekeepers.
+    timeline.check_wal(segno * WAL_SEGMENT_SIZE, (segno + 1) * WAL_SEGMENT_SIZE)
     check_records(timeline, segno, commit_lsn)
     remote.put(timeline.id, segno, data, crc)
     logger.debug("timeline %s: stored WAL segment %s in %s", timeline.id, path.name, remote)
@@ -225,7 +229,7 @@ def check_records(timeline: Timeline, segno: int, commit_lsn: int) -> None:
     """
     start = segno * WAL_SEGMENT_SIZE
     end = start + WAL_SEGMENT_SIZE
-    begin = max(start, timeline.origin_lsn)
+    begin = max(start, timeline.wal_begin_lsn)
     decoder = WalDecoder(
         begin,
         wal_magic(timeline.acceptor.state.server.pg_version),

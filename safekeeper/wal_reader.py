@@ -60,6 +60,12 @@ class KeptWal:
         with self._lock:
             self._first_lsn = max(self._first_lsn, (segno + 1) * WAL_SEGMENT_SIZE)
 
+    def restarted(self) -> None:
+        """The log was cut, and may begin elsewhere now: look again what is here, and stored."""
+        with self._lock:
+            self._first_lsn = 0
+            self.offload_lsn = 0
+
     def lowest_reader(self) -> int | None:
         """The lowest LSN at which somebody reads, None if nobody does."""
         with self._lock:

@@ -115,6 +115,9 @@ class WalRetention:
 
         Raises WalStorageError, OSError.
         """
+        if timeline.acceptor.state.recovering:
+            # What it has may not continue what a leader will give it; its positions count for none.
+            return 0
         settings = self._settings
         if timeline.acceptor.state.recovering:
             return 0  # it cannot vouch for its positions

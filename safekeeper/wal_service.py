@@ -182,7 +182,7 @@ class WalServiceHandler:
         Of the segment that the timeline begins in there is only the rest. A standby has the
         headers of the pages before from its base backup, and takes what comes where it belongs.
         """
-        begin = timeline.origin_lsn
+        begin = timeline.wal_begin_lsn
         if start_lsn < begin and start_lsn // WAL_SEGMENT_SIZE == begin // WAL_SEGMENT_SIZE:
             start_lsn = begin
         WalSender(conn, timeline, standby=True).stream(start_lsn)

@@ -17,6 +17,7 @@ from postgres_ffi.wal_format import WAL_SEGMENT_SIZE, normalize_lsn
 from safekeeper import control_file, delivery, wal_removal
 from safekeeper.consensus import ControlState, ServerInfo
 from safekeeper.delivery import Delivery
+from safekeeper.identity import INSTANCE_SIZE
 from safekeeper.metrics import SafekeeperMetrics, TimelineMetrics
 from safekeeper.remote_wal import (
     CHECKSUM_SUFFIX,
@@ -95,12 +96,13 @@ def lay_out(root: Path, wal: WalWriter, begin: int = START, origin: int = START)
 
 
 def load(directory: Path, helper: ThreadPoolExecutor, remote: RemoteWal | None = None) -> Timeline:
+    root = directory.parent.parent
     return Timeline(
         ID,
         directory,
         TimelineMetrics(),
-        registry=TimelineRegistry(directory.parent, [ID], sync=False),
-        instance=bytes(16),
+        registry=TimelineRegistry(root, [ID], sync=False),
+        instance=bytes(INSTANCE_SIZE),
         sync=False,
         helper=helper,
         remote=remote,
@@ -432,16 +434,41 @@ def test_hole_is_damage(
     tmp_path: Path, wal: WalWriter, helper: ThreadPoolExecutor, storage: Path
 ) -> None:
     directory = lay_out(tmp_path / "sk", wal)
+    timelines = Timelines(tmp_path / "sk", SafekeeperMetrics(), sync=False)
     timeline = load(directory, helper, RemoteWal.open(storage.as_uri()))
     segment_path(directory, FIRST + 1, partial=False).unlink()
     # The record that continues in the missing one cannot be checked.
     offload(timeline).work()
     assert timeline.kept.offload_lsn == 0
-    timeline.kept.offload_lsn = (FIRST + 1) * WAL_SEGMENT_SIZE
-    offload(timeline).work()
-    assert timeline.kept.offload_lsn == (FIRST + 1) * WAL_SEGMENT_SIZE
+    assert timeline.failure is not None
     assert not list(storage.rglob("0*"))
-    assert missing_segment(list_segments(directory)) == FIRST + 1
+    # What is left is of no use before a leader has said how it goes on: nothing of it is removed.
+    timeline = load(directory, helper, RemoteWal.open(storage.as_uri()))
+    assert timeline.acceptor.state.recovering
+    before = numbers(directory)
+    timeline.kept.offload_lsn = wal.lsn
+    offload(timeline).work()
+    assert WalRetention(timelines, RetentionSettings(keep_size=0)).work_on(timeline) == 0
+    assert numbers(directory) == before
+    assert not list(storage.rglob("0*"))
+
+
+def test_removal_is_no_damage_to_who_checks(
+    tmp_path: Path, wal: WalWriter, helper: ThreadPoolExecutor
+) -> None:
+    """A record's first part is in a segment that goes while the next one is checked."""
+    directory = lay_out(tmp_path / "sk", wal)
+    timeline = load(directory, helper)
+    seen = timeline.commit_lsn
+    segment_path(directory, FIRST, partial=False).unlink()
+    timeline.check_all_wal()
+    assert timeline.failure is None
+    assert not timeline.acceptor.state.recovering
+    again = load(directory, helper)
+    again.check_all_wal()
+    assert again.failure is None
+    assert again.commit_lsn == seen
+    assert not again.acceptor.state.recovering
 
 
 @pytest.mark.parametrize(
