@@ -123,7 +123,9 @@ def test_limit(zenith_env_builder: ZenithEnvBuilder, num_safekeepers: int) -> No
         cursor.execute("SELECT count(*), sum(n) FROM v")
         assert cursor.fetchone() == (500, 50)
 
-    # A higher limit is in force after a reload, and a lower one.
+    # A higher limit is in force after a reload, and a lower one. What was refused half-way counts
+    # until the pageserver has reported that it is gone.
+    wait_reported(pg)
     set_limit(pg, LIMIT + 4)
     pg.safe_psql("INSERT INTO small SELECT g, 2 FROM generate_series(1, 20000) g")
     set_limit(pg, 10)

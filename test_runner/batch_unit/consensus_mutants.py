@@ -172,8 +172,8 @@ MUTATIONS: Final = (
              "self.recovered_lsn != 0"),
     # ---- the proposer: campaign
     Mutation("a term above all seen", CORE,
-             "self.term = 1 + max(self.term, *(peer.term for peer in self.peers))",
-             "self.term = 1 + self.term"),
+             "max(self.term, self._last_own_term, *(peer.term for peer in self.peers))",
+             "max(self.term, self._last_own_term)"),
     Mutation("a majority of votes", CORE, "len(indexes) >= self.quorum and", "indexes and"),
     Mutation("a majority of every generation that matters", CORE,
              "or all(len(one.members & indexes) >= one.quorum for one in self.joint)", "or True"),
