@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import requests
 from fixtures.postgres import Postgres
+from fixtures.safekeeper_wal import Timeline, assert_same_wal
 from fixtures.utils import wait_until
 from fixtures.zenith_env import Safekeeper, SafekeeperPort, ZenithEnv, ZenithEnvBuilder
 
@@ -102,14 +103,6 @@ def wait_equal(env: ZenithEnv, timeline: tuple[str, str]) -> None:
         )
 
     wait_until(equal, what="all safekeepers to have the same WAL")
-
-
-def wal(directory: Path) -> dict[str, bytes]:
-    """Content of the segments that hold WAL, by name, complete or not."""
-    contents = {
-        path.name.removesuffix(".partial"): path.read_bytes() for path in directory.glob("0000*")
-    }
-    return {name: content for name, content in contents.items() if any(content)}
 
 
 def flip(path: Path, offset: int) -> None:
@@ -304,7 +297,12 @@ def test_damage_is_repaired_from_peers(env: ZenithEnv) -> None:
     write(pg, 3)
     wait_repaired(second, timeline, control)
     wait_equal(env, timeline)
-    assert len({frozenset(wal(timeline_dir(s, timeline)).items()) for s in env.safekeepers}) == 1
+    tenant_id, timeline_id = map(uuid.UUID, timeline)
+    logs = [Timeline(s, tenant_id, timeline_id) for s in env.safekeepers]
+    end = logs[0].flush_lsn
+    for log in logs:
+        log.wait_committed(end)
+    assert assert_same_wal(logs) > 0
     restart(pg)
     check(pg, 3)
 
