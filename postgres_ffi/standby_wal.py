@@ -46,7 +46,10 @@ def build_standby_wal(
     segment = segment_start(redo, seg_size) + seg_size
     lsn = normalize_lsn(segment, seg_size)
     pages = PageHeaders(
-        control.version, checkpoint.this_timeline_id, control.system_identifier, seg_size
+        control.version.xlog_page_magic,
+        checkpoint.this_timeline_id,
+        control.system_identifier,
+        seg_size,
     )
     # A page header lies there, so no record does.
     impossible_prev = segment_start(redo, seg_size)

@@ -112,10 +112,13 @@ def checkpoint_record(
     info: int = XLOG_CHECKPOINT_SHUTDOWN,
 ) -> bytes:
     """A checkpoint's WAL record; `prev_lsn` is the start of the record before it."""
-    body = encode_checkpoint(checkpoint, version)
-    body = bytes((_BLOCK_ID_DATA_SHORT, len(body))) + body
-    tot_len = SIZE_OF_RECORD_HEADER + len(body)
-    header = _RECORD_HEADER.pack(tot_len, 0, prev_lsn, info, Rmgr.XLOG)
+    return wal_record(Rmgr.XLOG, info, prev_lsn, encode_checkpoint(checkpoint, version))
+
+
+def wal_record(rmid: int, info: int, prev_lsn: int, main_data: bytes) -> bytes:
+    """A record of no transaction that refers to no block; at most 255 bytes of `main_data`."""
+    body = bytes((_BLOCK_ID_DATA_SHORT, len(main_data))) + main_data
+    header = _RECORD_HEADER.pack(SIZE_OF_RECORD_HEADER + len(body), 0, prev_lsn, info, rmid)
     return header + struct.pack("<I", crc32c(header, crc32c(body))) + body
 
 
@@ -139,7 +142,9 @@ def build_startup_wal(
     if not prev_lsn < lsn:
         raise ValueError(f"the record before {Lsn(lsn)} cannot start at {Lsn(prev_lsn)}")
     record = checkpoint_record(checkpoint, prev_lsn, version)
-    pages = PageHeaders(version, checkpoint.this_timeline_id, system_identifier, seg_size)
+    pages = PageHeaders(
+        version.xlog_page_magic, checkpoint.this_timeline_id, system_identifier, seg_size
+    )
     extents = pages.before(lsn)
     position, rest = lsn, record
     while True:
@@ -158,9 +163,9 @@ def build_startup_wal(
 
 @dataclass(frozen=True, slots=True)
 class PageHeaders:
-    """Headers of WAL pages of one cluster."""
+    """Headers of WAL pages of one cluster; `magic` is that of its major version."""
 
-    version: PgVersion
+    magic: int
     timeline: int
     system_identifier: int
     seg_size: int
@@ -171,7 +176,7 @@ class PageHeaders:
         if page_lsn % self.seg_size == 0:
             info |= XLP_LONG_HEADER
         return WalPageHeader(
-            magic=self.version.xlog_page_magic,
+            magic=self.magic,
             info=info,
             timeline=self.timeline,
             page_lsn=page_lsn,

@@ -22,15 +22,12 @@ import time
 from dataclasses import dataclass
 from typing import Any, Final
 
+from postgres_ffi.startup_wal import PageHeaders, wal_record
 from postgres_ffi.versions import Rmgr
 from postgres_ffi.wal_decoder import WalDecoder
 from postgres_ffi.wal_format import (
-    SIZE_OF_RECORD_HEADER,
     WAL_BLCKSZ,
     WAL_SEGMENT_SIZE,
-    XLP_FIRST_IS_CONTRECORD,
-    XLP_LONG_HEADER,
-    WalPageHeader,
     maxalign,
     normalize_lsn,
     page_header_size,
@@ -40,7 +37,6 @@ from safekeeper.consensus import ConsensusError, Session
 from safekeeper.timeline import Timeline
 from safekeeper.wal_files import SegmentReader
 from safekeeper.wal_storage import wal_magic
-from zenith_utils.crc32c import crc32c
 from zenith_utils.lsn import lsn_text
 from zenith_utils.postgres_connection import QueryError
 from zenith_utils.safekeeper_messages import (
@@ -60,13 +56,10 @@ _NOBODY: Final = bytes(16)
 _U64_END: Final = 1 << 64
 # Of main data whose length is one byte.
 _MAX_MAIN_DATA: Final = 255
-_BLOCK_ID_DATA_SHORT: Final = 255
 _XLOG_LOGICAL_MESSAGE: Final = 0
 # xl_logical_message (replication/message.h): database, transactional and padding, sizes.
 _LOGICAL_MESSAGE = struct.Struct("<IB3xQQ")
 # XLogRecord without its CRC (access/xlogrecord.h): length, xid, prev, info, rmgr and padding.
-_RECORD = struct.Struct("<IIQBBxx")
-_CRC = struct.Struct("<I")
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,27 +278,17 @@ def logical_message(
             f"JSON_CTRL: lm_prefix and lm_message are {len(main_data) - _MAX_MAIN_DATA} bytes "
             "too long for one record"
         )
-    body = bytes((_BLOCK_ID_DATA_SHORT, len(main_data))) + main_data
-    head = _RECORD.pack(
-        SIZE_OF_RECORD_HEADER + len(body), 0, prev_lsn, _XLOG_LOGICAL_MESSAGE, Rmgr.LOGICALMSG
-    )
-    record = head + _CRC.pack(crc32c(head, crc32c(body))) + body
-    return _with_page_headers(lsn, record, magic, system_id)
+    record = wal_record(Rmgr.LOGICALMSG, _XLOG_LOGICAL_MESSAGE, prev_lsn, main_data)
+    return _with_page_headers(lsn, record, PageHeaders(magic, _TLI, system_id, WAL_SEGMENT_SIZE))
 
 
-def _with_page_headers(lsn: int, record: bytes, magic: int, system_id: int) -> bytes:
+def _with_page_headers(lsn: int, record: bytes, pages: PageHeaders) -> bytes:
     wal = b""
     rest = record
     while rest:
         position = lsn + len(wal)
         if position % WAL_BLCKSZ == 0:
-            info = XLP_FIRST_IS_CONTRECORD if len(rest) < len(record) else 0
-            if position % WAL_SEGMENT_SIZE == 0:
-                info |= XLP_LONG_HEADER
-            rem_len = len(rest) if info & XLP_FIRST_IS_CONTRECORD else 0
-            wal += WalPageHeader(
-                magic, info, _TLI, position, rem_len, system_id, WAL_SEGMENT_SIZE, WAL_BLCKSZ
-            ).pack()
+            wal += pages.header(position, len(rest) if len(rest) < len(record) else 0)
             position = normalize_lsn(position)
         room = WAL_BLCKSZ - position % WAL_BLCKSZ
         wal += rest[:room]
