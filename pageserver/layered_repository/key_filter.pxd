@@ -49,7 +49,11 @@ cdef inline void filter_add(uint8_t *filter, uint64_t lines, uint64_t h) noexcep
 
 cdef inline bint filter_may_contain(const uint8_t *filter, uint64_t lines,
                                     uint64_t h) noexcept nogil:
-    cdef const uint8_t *line = filter + filter_line(h, lines)
+    return filter_line_may_contain(filter + filter_line(h, lines), h)
+
+
+cdef inline bint filter_line_may_contain(const uint8_t *line, uint64_t h) noexcept nogil:
+    """The same for the key's line of a filter."""
     cdef uint64_t bits = filter_mix(h)
     cdef int i
     for i in range(FILTER_PROBES):

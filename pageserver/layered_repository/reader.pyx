@@ -19,6 +19,7 @@ from pageserver.layered_repository.gil cimport let_others_run
 from pageserver.layered_repository.inmemory_layer cimport READ_OK, InMemoryLayer
 from pageserver.layered_repository.key cimport FLAGS_IMAGE, WILL_INIT, key_bytes, key_less
 from pageserver.layered_repository.key_list cimport KeyList
+from pageserver.layered_repository.l0_filters cimport l0_may_contain
 from pageserver.layered_repository.layer_file cimport LayerFile
 from pageserver.layered_repository.layer_map cimport Found as Candidates
 from pageserver.layered_repository.layer_map cimport LayerMap, choose
@@ -327,6 +328,7 @@ cdef int collect_span(LayerMap layers, ReadBatch batch, Span span, Span *spans,
     cdef Candidates candidates
     cdef Item image, delta, l0, item
     cdef uint64_t floor = 0
+    cdef bint in_l0
     cdef int last = common_candidates(layers, batch, span, &candidates)
     if last < span.last:
         spans[n[0]] = Span(last, span.last, span.upper)
@@ -334,8 +336,11 @@ cdef int collect_span(LayerMap layers, ReadBatch batch, Span span, Span *spans,
         span.last = last
     image = None if candidates.image == NULL else <Item> candidates.image
     delta = None if candidates.delta == NULL else <Item> candidates.delta
+    # Of a single key; those of a batch share the way, and what each file says of them.
+    in_l0 = span.last - span.first > 1 or l0_may_contain(
+        layers, &batch.queries[span.first].key, span.upper)
     while True:
-        l0 = layers.newest_l0(span.upper)
+        l0 = layers.newest_l0(span.upper) if in_l0 else None
         item = choose(image, delta, l0, span.upper, &floor)
         if item is None:
             return 0

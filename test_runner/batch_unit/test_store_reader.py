@@ -435,6 +435,38 @@ def test_very_many_keys_in_any_order(tmp_path: Path) -> None:
         reader.get_vectored(fake.timeline, [b"short"], 8)
 
 
+def test_one_key_in_very_many_l0_deltas(tmp_path: Path) -> None:
+    """Each of 100 deltas has a value of a key of its own, every third one of a common key."""
+    common, absent = MIN_KEY, bytes([7] * 18)
+    own = [bytes([1] * 17 + [i]) for i in range(100)]
+    layers = []
+    for i, key in enumerate(own):
+        name = LayerName.l0_delta(8 * i + 8, 8 * i + 16)
+        writer = LayerWriter(tmp_path / str(name), TENANT, TIMELINE)
+        if i % 3 == 0:
+            writer.add(common, name.start_lsn, IMAGE, b"%d" % i)
+        writer.add(key, name.start_lsn, IMAGE, b"own")
+        writer.finish(name)
+        layers.append(LayerFile(tmp_path / str(name), name, TENANT, TIMELINE))
+    view = ReadView(InMemoryLayer(808), (), LayerMap(layers))
+    fake = FakeTimeline(view, None, 0, 807, PageCache(0)).timeline
+
+    def check() -> None:
+        for i, key in enumerate(own):
+            lsn = 8 * i + 8
+            assert reader.get(fake, common, lsn) == b"%d" % (i - i % 3)
+            assert reader.get(fake, key, lsn) == reader.get(fake, key, 807) == b"own"
+            for wanted, before in ((key, lsn - 1), (absent, lsn)):
+                with pytest.raises(KeyNotFound):
+                    reader.get(fake, wanted, before)
+
+    check()
+    assert all(layer.was_used() for layer in layers)
+    for layer in layers[::2]:
+        layer.evict()
+    check()
+
+
 # ---- layers that are deleted while somebody reads
 
 
