@@ -9,6 +9,7 @@ write therefore shows as zeros, and an end-of-WAL search cannot meet records of 
 from __future__ import annotations
 
 import errno
+import functools
 import mmap
 import os
 from collections.abc import Iterator
@@ -84,12 +85,12 @@ def create_segment(directory: Path, segno: int, *, sync: bool) -> Path:
     """
     path = segment_path(directory, segno, partial=True)
     temp = path.with_name(path.name + TEMP_SUFFIX)
-    fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    fd = _create(temp, direct=sync)
     try:
         try:
-            zeros = bytes(_ZEROS_SIZE)
-            for offset in range(0, WAL_SEGMENT_SIZE, _ZEROS_SIZE):
-                pwrite_all(fd, zeros, offset)
+            with memoryview(_zeros()) as zeros:
+                for offset in range(0, WAL_SEGMENT_SIZE, _ZEROS_SIZE):
+                    pwrite_all(fd, zeros, offset)
             if sync:
                 os.fsync(fd)
         finally:
@@ -101,6 +102,27 @@ def create_segment(directory: Path, segno: int, *, sync: bool) -> Path:
     if sync:
         fsync_dir(directory)
     return path
+
+
+def _create(path: Path, *, direct: bool) -> int:
+    """A descriptor of a new file; `direct`: past the page cache, if the file system knows that.
+
+    Zeros in the page cache would be in the way of the direct writes that follow.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+    if direct:
+        try:
+            return os.open(path, flags | os.O_DIRECT, 0o600)
+        except OSError as e:
+            if e.errno != errno.EINVAL:
+                raise
+    return os.open(path, flags, 0o600)
+
+
+@functools.cache
+def _zeros() -> mmap.mmap:
+    """Zeros in whole pages, as direct I/O wants them."""
+    return mmap.mmap(-1, _ZEROS_SIZE, prot=mmap.PROT_READ)
 
 
 def pwrite_all(fd: int, data: bytes | memoryview, offset: int) -> None:
