@@ -27,13 +27,14 @@ log = logging.getLogger(__name__)
 APPLICATION_NAME: Final = "zenith_hot_standby"
 USER: Final = "zenith_standby"
 CHECK_INTERVAL: Final = 3.0
+# SQLSTATE of a safekeeper, as of a stock walsender, that has not the WAL asked for.
+WAL_IS_GONE: Final = "58P01"
 
 _CONNECT_TIMEOUT: Final = 5.0
 _CHECK_TIMEOUT: Final = 2.0
 # Checks that find nobody with the WAL before the standby is given up. They take longer than the
 # pause between two attempts of Postgres (wal_retrieve_retry_interval), of which one may succeed.
 _MISSES: Final = 3
-_UNDEFINED_FILE: Final = "58P01"
 # Where replay stands if Postgres has found no more WAL anywhere and pauses before it tries again.
 _WAITS: Final = (
     "SELECT pg_last_wal_replay_lsn() FROM pg_stat_activity "
@@ -195,7 +196,7 @@ def has_wal(address: Address, spec: ComputeSpec, lsn: Lsn) -> bool:
             conn.start_copy_both(f"START_REPLICATION {Lsn(segment_start(lsn))} TIMELINE 1")
             conn.recv_copy_data(timeout=_CHECK_TIMEOUT)
         except PqError as e:
-            if e.sqlstate != _UNDEFINED_FILE:
+            if e.sqlstate != WAL_IS_GONE:
                 raise
             return False
     return True

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 from compute_tools._standby_scan import scan
 from compute_tools.spec import ComputeSpec, address_text
-from compute_tools.standby_feed import connect_safekeeper, flush_lsn, progress
+from compute_tools.standby_feed import WAL_IS_GONE, connect_safekeeper, flush_lsn, progress
 from postgres_ffi.decoded_record import DecodedRecord
 from postgres_ffi.standby_records import RunningXacts, parse_running_xacts
 from postgres_ffi.versions import PgVersion, Rmgr
@@ -122,10 +122,11 @@ def _search(address: tuple[str, int], spec: ComputeSpec, version: PgVersion) -> 
         try:
             with connect_safekeeper(address, spec) as conn:
                 records, committed_lsn = _read(conn, begin, version)
-        except (PqError, TimeoutError):
-            if back == 0:
+        except (PqError, TimeoutError) as e:
+            is_gone = isinstance(e, PqError) and e.sqlstate == WAL_IS_GONE
+            if best is None and not (back and is_gone):
                 raise
-            break  # there is no more WAL
+            break
         found = list(places(records))
         whole = [place for place in found if not place.overflowed]
         if found:

@@ -30,7 +30,7 @@ from postgres_ffi.wal_format import WAL_SEGMENT_SIZE, segment_start, wal_file_na
 from postgres_ffi.xlog_records import XLOG_CHECKPOINT_ONLINE, XLOG_CHECKPOINT_SHUTDOWN, XLOG_NOOP
 from safekeeper.send_wal import parse_standby_feedback
 from zenith_utils.lsn import Lsn
-from zenith_utils.pq_client import PqConnectionLost
+from zenith_utils.pq_client import PqConnectionLost, PqError
 from zenith_utils.safekeeper_messages import NO_XMIN, HotStandbyFeedback
 
 BEGIN, END = b"zenith snapshot {", b"zenith snapshot }"
@@ -182,8 +182,11 @@ def test_feed_leads_to_wal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(changes) == 1
 
 
-def test_waiting_for_object_storage_is_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keepalives come at the end of committed WAL, and while WAL is fetched."""
+def test_looking_for_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keepalives come at the end of committed WAL, and while WAL is fetched from elsewhere.
+
+    What cannot be read is told, unless it is that there is no more.
+    """
     begin = 3 * WAL_SEGMENT_SIZE
     spec = SimpleNamespace(safekeepers=(("a", 1),), timeline_id="l")
     fetching, idle = (struct.pack(">cQqB", b"k", begin, 0, flags) for flags in (0, 1))
@@ -192,7 +195,7 @@ def test_waiting_for_object_storage_is_no_end(monkeypatch: pytest.MonkeyPatch) -
         return struct.pack(">cQQq", b"w", lsn, begin + 16, 0) + bytes(8)
 
     class Connection:
-        messages: ClassVar[list[bytes]] = []
+        messages: ClassVar[list[bytes | Exception]] = []
 
         def __enter__(self) -> Connection:
             return self
@@ -205,14 +208,17 @@ def test_waiting_for_object_storage_is_no_end(monkeypatch: pytest.MonkeyPatch) -
 
         def recv_copy_data(self, *, timeout: float) -> memoryview:
             del timeout
-            return memoryview(self.messages.pop(0))
+            message = self.messages.pop(0)
+            if isinstance(message, Exception):
+                raise message
+            return memoryview(message)
 
     monkeypatch.setattr(standby_start, "connect_safekeeper", lambda *_: Connection())
     monkeypatch.setattr(standby_start, "flush_lsn", lambda _: begin + 16)
     monkeypatch.setattr(standby_start, "progress", lambda *_: {("a", 1): begin + 16})
     monkeypatch.setattr(standby_start, "scan", lambda _, data: [shutdown(begin)])
 
-    def find(*messages: bytes) -> StandbyStart:
+    def find(*messages: bytes | Exception) -> StandbyStart:
         Connection.messages[:] = messages
         found = find_standby_start(spec, find_distrib().version)  # type: ignore[arg-type]
         assert not Connection.messages
@@ -222,6 +228,12 @@ def test_waiting_for_object_storage_is_no_end(monkeypatch: pytest.MonkeyPatch) -
     assert find(wal(begin), idle).committed_lsn == begin + 8
     with pytest.raises(StandbyStartError, match="no safekeeper has WAL of timeline l with a place"):
         find(idle, idle, idle)
+    with pytest.raises(StandbyStartError, match="a:1: no place to begin in the WAL it has"):
+        find(idle, PqError("FATAL", "58P01", "gone"))
+    with pytest.raises(StandbyStartError, match="a:1: FATAL: damaged"):
+        find(idle, PqError("FATAL", "XX000", "damaged"))
+    with pytest.raises(StandbyStartError, match="a:1: FATAL: gone"):
+        find(PqError("FATAL", "58P01", "gone"))
 
 
 def test_begin_replay() -> None:
