@@ -360,15 +360,22 @@ def test_replaced_safekeeper_serves_wal_it_never_had(
 @contextlib.contextmanager
 def suspended(pg: Postgres) -> Iterator[None]:
     """All processes of a node are stopped (SIGSTOP)."""
-    postmaster = pg.postmaster_pid()
-    pids = [pg.supervisor_pid(), postmaster, *child_pids(postmaster)]
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
+    # A postmaster that is stopped starts no more children, but some may be ending.
+    pids = [pg.supervisor_pid(), pg.postmaster_pid()]
+    send(signal.SIGSTOP, pids)
+    pids += child_pids(pids[1])
+    send(signal.SIGSTOP, pids)
     try:
         yield
     finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
+        send(signal.SIGCONT, pids)
+
+
+def send(number: signal.Signals, pids: list[int]) -> None:
+    """Send a signal to those of some processes that live."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def test_hot_standby_whose_wal_is_gone(zenith_env_builder: ZenithEnvBuilder) -> None:
