@@ -306,10 +306,12 @@ def test_safekeeper_recovers_out_of_object_storage(
     pg.kill()
     pg.start()
     assert rows(pg) == 8
-    pg.safe_psql("INSERT INTO t SELECT count(*) FROM t")
     # It is the WAL that the others had: before it is removed here, each segment is compared.
+    second.start()
+    pg.safe_psql("INSERT INTO t SELECT count(*) FROM t")
     make_durable(env, timeline, end)
-    wait_removed(back, timeline, end)
+    for safekeeper in env.safekeepers:
+        wait_removed(safekeeper, timeline, end)
 
 
 def test_replaced_safekeeper_serves_wal_it_never_had(
