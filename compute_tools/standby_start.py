@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import logging
 import struct
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from compute_tools._standby_scan import scan
 from compute_tools.spec import ComputeSpec, address_text
-from compute_tools.standby_feed import connect_safekeeper, flush_lsn, progress
+from compute_tools.standby_feed import WAL_IS_GONE, connect_safekeeper, flush_lsn, progress
 from postgres_ffi.decoded_record import DecodedRecord
 from postgres_ffi.standby_records import RunningXacts, parse_running_xacts
 from postgres_ffi.versions import PgVersion, Rmgr
@@ -36,7 +37,10 @@ _SNAPSHOT_BEGINS = b"zenith snapshot {"
 _SNAPSHOT_ENDS = b"zenith snapshot }"
 _XLOG_DATA = struct.Struct(">cQQq")
 _TAG_XLOG_DATA = ord("w")
+_REPLY_REQUESTED = 1  # a bit in a keepalive's last byte
 _READ_TIMEOUT = 10.0
+# Of a segment that comes out of object storage.
+_FETCH_TIMEOUT = 30.0
 # How far back a place is looked for: the last segment alone, then with so many before it.
 _SEGMENTS_BACK = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -78,8 +82,9 @@ def find_standby_start(spec: ComputeSpec, version: PgVersion) -> StandbyStart:
             return found
         reasons.append(f"{address_text(*address)}: no place to begin in the WAL it has")
     raise StandbyStartError(
-        "cannot start a hot standby: no safekeeper has WAL of this timeline to follow; start a "
-        f"read-write node of the branch first ({'; '.join(reasons)})"
+        f"cannot start a hot standby: no safekeeper has WAL of timeline {spec.timeline_id} with a "
+        "place to begin; start a read-write node of the branch first, which makes one "
+        f"({'; '.join(reasons)})"
     )
 
 
@@ -117,10 +122,11 @@ def _search(address: tuple[str, int], spec: ComputeSpec, version: PgVersion) -> 
         try:
             with connect_safekeeper(address, spec) as conn:
                 records, committed_lsn = _read(conn, begin, version)
-        except PqError:
-            if back == 0:
+        except (PqError, TimeoutError) as e:
+            is_gone = isinstance(e, PqError) and e.sqlstate == WAL_IS_GONE
+            if best is None and not (back and is_gone):
                 raise
-            break  # there is no more WAL
+            break
         found = list(places(records))
         whole = [place for place in found if not place.overflowed]
         if found:
@@ -139,10 +145,18 @@ def _read(conn: PqConnection, begin: int, version: PgVersion) -> tuple[list[Deco
     decoder: WalDecoder | None = None
     records: list[DecodedRecord] = []
     position = begin
+    deadline = time.monotonic() + _FETCH_TIMEOUT
     while True:
         message = conn.recv_copy_data(timeout=_READ_TIMEOUT)
-        if message is None or message[0] != _TAG_XLOG_DATA:
-            return records, position  # a keepalive: nothing more is committed
+        if message is None:
+            return records, position
+        if message[0] != _TAG_XLOG_DATA:
+            if message[-1] & _REPLY_REQUESTED:
+                return records, position  # nothing more is committed
+            # It waits for WAL to come out of an object storage.
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no WAL at {Lsn(position)} within {_FETCH_TIMEOUT:.0f} s")
+            continue
         _, lsn, commit_lsn, _ = _XLOG_DATA.unpack_from(message)
         data = message[_XLOG_DATA.size :]
         if decoder is None:
@@ -152,3 +166,4 @@ def _read(conn: PqConnection, begin: int, version: PgVersion) -> tuple[list[Deco
         position = lsn + len(data)
         if position >= commit_lsn:
             return records, position
+        deadline = time.monotonic() + _FETCH_TIMEOUT

@@ -176,7 +176,10 @@ class Supervisor:
             datadir.recover_swap(spec.pgdata, spec.state_dir)
             distrib = find_distrib(spec.distrib_dir)
             modules = build_modules(distrib)
-            replay = find_standby_start(spec, distrib.version) if spec.hot_standby else None
+            replay = None
+            if self._feed is not None:
+                replay = find_standby_start(spec, distrib.version)
+                self._feed.begin_at(replay.lsn)
             base_lsn = self._choose_lsn(progress) if replay is None else replay.lsn
             progress(
                 "Extracting base backup to create postgres instance: "
@@ -393,13 +396,15 @@ class Supervisor:
                 return ended
         if self._spec.read_only and not (self._spec.pgdata / "standby.signal").exists():
             return "the read-only node was promoted: it would diverge from its timeline"
-        return self._why_standby_waits() if self._spec.hot_standby else None
+        return None if self._feed is None else self._why_standby_waits(self._feed)
 
-    def _why_standby_waits(self) -> str | None:
+    def _why_standby_waits(self, feed: StandbyFeed) -> str | None:
         """Replay waits for ever where the primary's settings allow more than the standby's.
 
-        pg_control has the primary's as of the last record replayed.
+        pg_control has the primary's as of the last record replayed. And where WAL is missing.
         """
+        if feed.lost:
+            return feed.lost
         try:
             data = (self._spec.pgdata / "global/pg_control").read_bytes()
             control = parse_control_file(data)

@@ -38,7 +38,8 @@ def add(env: LocalEnv, node_id: int | None, pg_port: int | None, http_port: int 
     with env.locked():
         env.refresh()
         _pin(env)
-        conf = _new_safekeeper(env, list(env.safekeepers), node_id, pg_port, http_port)
+        present = list(env.safekeepers)
+        conf = _new_safekeeper(env, present, present, node_id, pg_port, http_port)
         return _change(env, [copy(c) for c in env.safekeepers], conf, None)
 
 
@@ -78,9 +79,10 @@ def replace(
         if node_id == old_id:
             _check_lost(env, old)
             pg_port, http_port = pg_port or old.pg_port, http_port or old.http_port
-            conf = _new_safekeeper(env, rest, node_id, pg_port, http_port)
+            others = rest
         else:
-            conf = _new_safekeeper(env, list(env.safekeepers), node_id, pg_port, http_port)
+            others = list(env.safekeepers)
+        conf = _new_safekeeper(env, others, [old], node_id, pg_port, http_port)
         return _change(env, rest, conf, old_id, accept_loss=accept_loss)
 
 
@@ -123,10 +125,12 @@ def _pin(env: LocalEnv) -> None:
 def _new_safekeeper(
     env: LocalEnv,
     others: list[SafekeeperConf],
+    models: list[SafekeeperConf],
     node_id: int | None,
     pg_port: int | None,
     http_port: int | None,
 ) -> SafekeeperConf:
+    """A safekeeper beside `others`; its WAL goes where that of all `models` goes."""
     if node_id is None:
         node_id = 1 + max(_known_ids(env), default=0)
     elif any(conf.id == node_id for conf in others):
@@ -140,7 +144,12 @@ def _new_safekeeper(
     http_ports = [c.http_port for c in others]
     http_port = _port("--http-port", http_port, taken, http_ports, defaults.http_port)
     sync = all(conf.sync for conf in env.safekeepers)
-    return SafekeeperConf(node_id, pg_port, http_port, sync)
+    return SafekeeperConf(node_id, pg_port, http_port, sync, **_common_wal_options(models))
+
+
+def _common_wal_options(confs: list[SafekeeperConf]) -> dict[str, str]:
+    """The options about WAL that all have alike."""
+    return dict(set.intersection(*(set(conf.wal_options.items()) for conf in confs)))
 
 
 def _known_ids(env: LocalEnv) -> set[int]:

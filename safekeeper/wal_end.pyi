@@ -3,6 +3,8 @@ from typing_extensions import Buffer
 from postgres_ffi.wal_decoder import WalDecoder
 from safekeeper.recent_wal import RecentWal
 
+DIRECT_BLOCK: int
+
 class WalEnd:
     dirty: bool
     flush_lsn: int

@@ -35,6 +35,8 @@ cdef enum:
     # More than the largest batch that is flushed at once.
     LARGE_BUFFER = (4 << 20) + (256 << 10)
 
+DIRECT_BLOCK = BLOCK
+
 cdef uint64_t SEGMENT_SIZE = WAL_SEGMENT_SIZE
 
 

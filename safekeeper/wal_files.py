@@ -18,6 +18,7 @@ from typing import Final
 
 from postgres_ffi.wal_format import WAL_SEGMENT_SIZE, parse_wal_file_name, wal_file_name
 from safekeeper.recent_wal import RecentWal
+from safekeeper.wal_end import DIRECT_BLOCK
 from zenith_utils.durable import fsync_dir
 from zenith_utils.lsn import lsn_text
 
@@ -26,9 +27,8 @@ TEMP_SUFFIX: Final = ".tmp"
 FETCH_PREFIX: Final = "fetch-"
 """Of segments out of object storage: files that are unlinked as soon as they are open."""
 _ZEROS_SIZE: Final = 1 << 20
-# Unit and alignment of direct I/O on all disks, and what is read at once so.
-_BLOCK: Final = 4096
-_DIRECT_SIZE: Final = (1 << 20) + 2 * _BLOCK
+# What is read at once past the page cache.
+_DIRECT_SIZE: Final = (1 << 20) + 2 * DIRECT_BLOCK
 _TLI: Final = 1
 
 
@@ -144,6 +144,12 @@ def open_segment(directory: Path, segno: int, flags: int = os.O_RDONLY) -> int |
     return None
 
 
+def no_segment_text(directory: Path, lsn: int) -> str:
+    """That a timeline's directory has no segment for an LSN."""
+    name = wal_file_name(_TLI, lsn // WAL_SEGMENT_SIZE)
+    return f"WAL at {lsn_text(lsn)} is not on this safekeeper: no segment {name} in {directory}"
+
+
 class WalUnreadableError(WalStorageError):
     """A segment that is there cannot be read, or not to its end."""
 
@@ -213,13 +219,9 @@ class SegmentReader:
 
     def _open(self, lsn: int) -> int:
         """A descriptor of the segment with `lsn`."""
-        segno = lsn // WAL_SEGMENT_SIZE
-        fd = self._open_here(segno)
+        fd = self._open_here(lsn // WAL_SEGMENT_SIZE)
         if fd is None:
-            raise WalMissingError(
-                f"WAL at {lsn_text(lsn)} is not on this safekeeper: "
-                f"no segment {wal_file_name(_TLI, segno)} in {self._directory}"
-            )
+            raise WalMissingError(no_segment_text(self._directory, lsn))
         return fd
 
     def _open_here(self, segno: int) -> int | None:
@@ -246,9 +248,9 @@ class SegmentReader:
         if not self._is_direct:
             return os.pread(self._fd, size, offset)
         assert self._blocks is not None
-        skipped = offset % _BLOCK
-        size = min(size, _DIRECT_SIZE - _BLOCK)
-        end = -(-(skipped + size) // _BLOCK) * _BLOCK
+        skipped = offset % DIRECT_BLOCK
+        size = min(size, _DIRECT_SIZE - DIRECT_BLOCK)
+        end = -(-(skipped + size) // DIRECT_BLOCK) * DIRECT_BLOCK
         with memoryview(self._blocks) as blocks:
             got = os.preadv(self._fd, [blocks[:end]], offset - skipped)
             return bytes(blocks[skipped : min(got, skipped + size)])

@@ -15,7 +15,7 @@ from pathlib import Path
 from postgres_ffi.wal_format import WAL_SEGMENT_SIZE, normalize_lsn, wal_file_name
 from safekeeper.recent_wal import RecentWal
 from safekeeper.remote_wal import RemoteWal
-from safekeeper.wal_files import FETCH_PREFIX, SegmentReader, WalMissingError
+from safekeeper.wal_files import FETCH_PREFIX, SegmentReader, WalMissingError, no_segment_text
 from safekeeper.wal_removal import HOLDER_SAFEKEEPERS, first_wal_lsn
 from zenith_utils.ids import TenantTimelineId
 from zenith_utils.lsn import lsn_text
@@ -144,11 +144,11 @@ class WalReader(SegmentReader):
 
 def _missing_text(directory: Path, lsn: int) -> str:
     """Why WAL at `lsn` is not in a timeline's directory."""
-    name = wal_file_name(1, lsn // WAL_SEGMENT_SIZE)
     first = first_wal_lsn(directory)
     if lsn < first:
+        name = wal_file_name(1, lsn // WAL_SEGMENT_SIZE)
         return (
             f"requested WAL segment {name} has already been removed from this safekeeper: "
             f"{lsn_text(lsn)} is asked for, WAL begins at {lsn_text(first)} here"
         )
-    return f"WAL at {lsn_text(lsn)} is not on this safekeeper: no segment {name} in {directory}"
+    return no_segment_text(directory, lsn)

@@ -16,7 +16,7 @@ from safekeeper.send_wal import StreamDone, WalSender
 from safekeeper.timeline import Timeline, TimelineFailedError
 from safekeeper.timeline_registry import RegistryError
 from safekeeper.timelines import TimelineNotFoundError, Timelines
-from safekeeper.wal_files import WalStorageError
+from safekeeper.wal_files import WalMissingError, WalStorageError
 from zenith_utils.ids import IdParseError, TenantId, TenantTimelineId, TimelineId
 from zenith_utils.lsn import Lsn, LsnParseError, lsn_text
 from zenith_utils.metrics import IntegerMetric
@@ -32,6 +32,8 @@ from zenith_utils.postgres_connection import INT4_OID
 
 RECOVERY_APPLICATION = "wal_proposer_recovery"
 STANDBY_APPLICATION = "zenith_hot_standby"
+UNDEFINED_FILE = "58P01"
+"""SQLSTATE of WAL that is not here, as of a stock walsender."""
 
 _PUSH = re.compile(r"START_WAL_PUSH(?: (?P<connstr>.+))?", re.DOTALL)
 _REPLICATE = re.compile(
@@ -82,6 +84,8 @@ class WalServiceHandler:
                 conn.send_command_complete()
             else:
                 raise QueryError(f"unsupported command {query}")
+        except WalMissingError as e:
+            raise FatalQueryError(str(e), UNDEFINED_FILE) from e
         except (
             TimelineNotFoundError,
             TimelineFailedError,

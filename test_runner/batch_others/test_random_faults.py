@@ -26,7 +26,7 @@ BACK = 180.0
 @pytest.mark.parametrize(
     ("seed", "seconds"),
     [
-        pytest.param(1, 30, id="short"),
+        pytest.param(1, 60, id="short"),
         pytest.param(None, 600, id="long", marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
     ],
 )

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import requests
 from fixtures.postgres import Postgres
 from fixtures.safekeeper_wal import Timeline, assert_same_wal
 from fixtures.utils import wait_until
@@ -76,12 +75,7 @@ def refusal(env: ZenithEnv, *arguments: str) -> str:
 
 def status(safekeeper: Safekeeper, timeline: tuple[str, str]) -> dict[str, Any]:
     """The timeline on a safekeeper."""
-    path = "/".join(timeline)
-    answer = requests.get(f"http://localhost:{safekeeper.port.http}/v1/timeline/{path}", timeout=10)
-    assert answer.ok, answer.text
-    document = answer.json()
-    assert isinstance(document, dict)
-    return document
+    return Timeline(safekeeper, *map(uuid.UUID, timeline)).status()
 
 
 def timeline_of(env: ZenithEnv) -> tuple[str, str]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import shutil
+import signal
 import uuid
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import requests
 from fixtures.postgres import Postgres
-from fixtures.utils import lsn_from_hex, wait_until
+from fixtures.safekeeper_wal import SEGMENT, Timeline
+from fixtures.utils import child_pids, lsn_from_hex, wait_until
 from fixtures.zenith_env import Safekeeper, ZenithEnv, ZenithEnvBuilder
-
-SEGMENT = 16 << 20
 
 
 def start(builder: ZenithEnvBuilder, safekeepers: int = 3, **options: str) -> ZenithEnv:
@@ -33,13 +37,9 @@ def main_timeline(env: ZenithEnv) -> uuid.UUID:
     return uuid.UUID(dict(env.zenith_cli.list_timelines())["main"])
 
 
-def status(safekeeper: Safekeeper, timeline: uuid.UUID) -> dict[str, str]:
+def status(safekeeper: Safekeeper, timeline: uuid.UUID) -> dict[str, Any]:
     """A safekeeper's description of a timeline."""
-    path = f"v1/timeline/{safekeeper.env.initial_tenant.hex}/{timeline.hex}"
-    response = requests.get(f"http://localhost:{safekeeper.port.http}/{path}", timeout=10)
-    response.raise_for_status()
-    fields: dict[str, str] = response.json()
-    return fields
+    return Timeline(safekeeper, safekeeper.env.initial_tenant, timeline).status()
 
 
 def oldest(safekeeper: Safekeeper, timeline: uuid.UUID) -> int:
@@ -191,6 +191,28 @@ def test_pageserver_that_was_away_catches_up(zenith_env_builder: ZenithEnvBuilde
     assert rows(pg) == 6
 
 
+def make_storage(tmp_path: Path) -> Path:
+    """The directory of an object storage, which may go away and come back."""
+    storage = tmp_path / "storage"
+    storage.mkdir()
+    return storage
+
+
+def copy_pageserver(env: ZenithEnv, copy: Path) -> None:
+    """Make a copy of the pageserver's data."""
+    env.pageserver.stop()
+    shutil.copytree(env.repo_dir / "tenants", copy)
+    env.pageserver.start()
+
+
+def put_back(env: ZenithEnv, copy: Path) -> None:
+    """Kill the pageserver, and start it with the data of a copy."""
+    env.pageserver.kill()
+    shutil.rmtree(env.repo_dir / "tenants")
+    copy.rename(env.repo_dir / "tenants")
+    env.pageserver.start()
+
+
 def test_old_pageserver_reads_offloaded_wal(
     zenith_env_builder: ZenithEnvBuilder, tmp_path: Path
 ) -> None:
@@ -198,17 +220,13 @@ def test_old_pageserver_reads_offloaded_wal(
 
     While the object storage is away it waits.
     """
-    storage = tmp_path / "storage"
-    storage.mkdir()
+    storage, away, copy = make_storage(tmp_path), tmp_path / "away", tmp_path / "tenants"
     env = start(zenith_env_builder, wal_offload=storage.as_uri())
     pg = env.postgres.create_start("main")
     timeline = main_timeline(env)
     lsn = write(pg, 1)
     make_durable(env, timeline, lsn)
-    env.pageserver.stop()
-    tenants, copy = env.repo_dir / "tenants", tmp_path / "tenants"
-    shutil.copytree(tenants, copy)
-    env.pageserver.start()
+    copy_pageserver(env, copy)
 
     end = write(pg, 3)
     make_durable(env, timeline, end)
@@ -220,12 +238,8 @@ def test_old_pageserver_reads_offloaded_wal(
     assert len(names) // 2 >= end // SEGMENT - lsn // SEGMENT
 
     pg.stop()
-    env.pageserver.kill()
-    shutil.rmtree(tenants)
-    copy.rename(tenants)
-    away = tmp_path / "away"
     storage.rename(away)
-    env.pageserver.start()
+    put_back(env, copy)
     assert position(env, timeline, "last_record_lsn") < end
     with ThreadPoolExecutor(1) as pool:
         starting = pool.submit(pg.start)
@@ -240,5 +254,160 @@ def test_old_pageserver_reads_offloaded_wal(
 
 def waiting(env: ZenithEnv) -> bool:
     """Whether some safekeeper's stream waits for WAL out of the object storage."""
-    logs = ((s.data_dir / "safekeeper.log").read_text() for s in env.safekeepers)
+    logs = (s.log_text() for s in env.safekeepers)
     return any(re.search(r"stream to .* waits at .* cannot read file:", log) for log in logs)
+
+
+def test_safekeeper_recovers_out_of_object_storage(
+    zenith_env_builder: ZenithEnvBuilder, tmp_path: Path
+) -> None:
+    """A safekeeper that comes back gets what its peers have removed meanwhile, and then counts.
+
+    While the object storage is away nothing is committed that depends on it.
+    """
+    storage, away = make_storage(tmp_path), tmp_path / "away"
+    env = start(zenith_env_builder, wal_offload=storage.as_uri())
+    pg = env.postgres.create_start("main")
+    timeline = main_timeline(env)
+    first, second, back = env.safekeepers
+    write(pg, 1)
+    pg.stop()
+    back.kill()
+    # To a node whose user has named two of the three, the third one is no reason to keep WAL.
+    pg.adjust_for_wal_acceptors(f"localhost:{first.port.pg},localhost:{second.port.pg}")
+    pg.start()
+    end = write(pg, 3)
+    make_durable(env, timeline, end)
+    for safekeeper in (first, second):
+        wait_removed(safekeeper, timeline, end)
+    pg.stop()
+
+    first.kill()
+    back.start()
+    storage.rename(away)
+    pg.adjust_for_wal_acceptors(env.get_safekeeper_connstrs())
+    log = pg.state_dir() / "compute.log"
+    breaks_off = re.compile(
+        rf"recovery of safekeeper localhost:{back.port.pg} breaks off: .*cannot read file:"
+    )
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(pg.start)
+        wait_until(lambda: breaks_off.search(log.read_text()), what="the recovery to break off")
+        assert lsn_from_hex(status(back, timeline)["flush_lsn"]) < end
+        assert not starting.done()
+        away.rename(storage)
+        starting.result()
+    assert metric(second, "fetched_segments") >= 3
+    assert rows(pg) == 6
+    end = write(pg, 1)
+    # What it has recovered, and got since, is whole: another compute begins with nothing else.
+    second.kill()
+    first.start()
+    pg.kill()
+    pg.start()
+    assert rows(pg) == 8
+    # It is the WAL that the others had: before it is removed here, each segment is compared.
+    second.start()
+    pg.safe_psql("INSERT INTO t SELECT count(*) FROM t")
+    make_durable(env, timeline, end)
+    for safekeeper in env.safekeepers:
+        wait_removed(safekeeper, timeline, end)
+
+
+def test_replaced_safekeeper_serves_wal_it_never_had(
+    zenith_env_builder: ZenithEnvBuilder, tmp_path: Path
+) -> None:
+    """A pageserver that is far behind gets its WAL through an empty safekeeper of later, too."""
+    storage, copy = make_storage(tmp_path), tmp_path / "tenants"
+    env = start(zenith_env_builder, wal_offload=storage.as_uri())
+    pg = env.postgres.create_start("main")
+    timeline = main_timeline(env)
+    lsn = write(pg, 1)
+    make_durable(env, timeline, lsn)
+    copy_pageserver(env, copy)
+    end = write(pg, 2)
+    make_durable(env, timeline, end)
+    first, second, third = env.safekeepers
+    for safekeeper in env.safekeepers:
+        wait_removed(safekeeper, timeline, end)
+    second.kill()
+    shutil.rmtree(second.data_dir)
+    # It keeps WAL where the one before kept it.
+    env.zenith_cli.raw_cli(["safekeeper", "replace", "2", "--id", "2"])
+    pg.stop().start()
+    # Its log began inside a segment, which the others store.
+    begin = oldest(second, timeline)
+    assert begin > lsn
+    end = write(pg, 2)
+    make_durable(env, timeline, end)
+    wait_removed(second, timeline, end)
+    pg.stop()
+
+    for safekeeper in (first, third):
+        safekeeper.kill()
+    put_back(env, copy)
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(pg.start)
+        wait_until(
+            lambda: position(env, timeline, "last_record_lsn") >= end,
+            what="the pageserver to catch up",
+        )
+        assert metric(second, "fetched_segments") >= end // SEGMENT - lsn // SEGMENT
+        assert not starting.done()
+        first.start()
+        starting.result()
+    assert rows(pg) == 8
+
+
+@contextlib.contextmanager
+def suspended(pg: Postgres) -> Iterator[None]:
+    """All processes of a node are stopped (SIGSTOP)."""
+    # A postmaster that is stopped starts no more children, but some may be ending.
+    pids = [pg.supervisor_pid(), pg.postmaster_pid()]
+    send(signal.SIGSTOP, pids)
+    pids += child_pids(pids[1])
+    send(signal.SIGSTOP, pids)
+    try:
+        yield
+    finally:
+        send(signal.SIGCONT, pids)
+
+
+def send(number: signal.Signals, pids: list[int]) -> None:
+    """Send a signal to those of some processes that live."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def test_hot_standby_whose_wal_is_gone(zenith_env_builder: ZenithEnvBuilder) -> None:
+    """It begins anew when it is started; one that runs ends, and says that this is the remedy."""
+    env = start(zenith_env_builder, safekeepers=1)
+    (safekeeper,) = env.safekeepers
+    pg = env.postgres.create_start("main")
+    timeline = main_timeline(env)
+    write(pg, 1)
+    standby = env.postgres.create_start("main", node_name="replica", hot_standby=True)
+    assert rows(standby) == 2
+
+    def remove_wal() -> None:
+        lsn = write(pg, 2)
+        make_durable(env, timeline, lsn)
+        wait_removed(safekeeper, timeline, lsn)
+
+    standby.stop()
+    remove_wal()
+    standby.start()
+    assert rows(standby) == 5
+    with suspended(standby):
+        # Its connection would keep the WAL that it needs.
+        safekeeper.kill()
+        safekeeper.start()
+        remove_wal()
+    standby.wait_crashed()
+    said = env.zenith_cli.raw_cli(["pg", "list"]).stderr
+    assert "replica: the WAL at " in said
+    assert "has been removed from the safekeepers" in said
+    assert "start it again" in said
+    standby.start()
+    assert rows(standby) == 8

@@ -19,7 +19,8 @@ import psycopg2
 import psycopg2.extensions
 
 from compute_tools.lazy_map import MANIFEST_MAGIC, create_lazy_files, lazyfiles_environment
-from postgres_ffi.distrib import PgDistrib
+from pgxn.build import build_module
+from postgres_ffi.distrib import PgDistrib, find_distrib
 from zenith_utils.crc32c import crc32c
 from zenith_utils.ids import TenantId, TimelineId
 from zenith_utils.os_user import give, popen_kwargs, postgres_user
@@ -413,3 +414,30 @@ def server_directory() -> Iterator[Path]:
         give(Path(name))
         Path(name).chmod(0o755)
         yield Path(name)
+
+
+@contextlib.contextmanager
+def stopped_cluster(*statements: str) -> Iterator[Path]:
+    """A data directory to be copied, of a server that ran statements and was shut down."""
+    with server_directory() as root:
+        distrib = find_distrib()
+        initdb(distrib, root / "data")
+        with Postgres(distrib, root / "data") as postgres:
+            postgres.sql("SELECT 1", *statements)
+            postgres.stop()
+        yield root / "data"
+
+
+@contextlib.contextmanager
+def library_node(template: Path) -> Iterator[Postgres]:
+    """A stopped server on a copy of a data directory that preloads the zenith library."""
+    with server_directory() as root:
+        shutil.copytree(template, root / "node")
+        give(root / "node", recursive=True)
+        distrib = find_distrib()
+        settings = {"shared_preload_libraries": str(build_module(distrib, "zenith"))}
+        postgres = Postgres(distrib, root / "node", settings)
+        try:
+            yield postgres
+        finally:
+            postgres.stop(signal.SIGQUIT)

@@ -13,7 +13,7 @@ from compute_tools.safekeeper_membership import (
     SafekeeperMembership,
 )
 from compute_tools.walproposer.membership import ANY_INSTANCE, Generation, Membership
-from control_plane import node_safekeepers
+from control_plane import node_safekeepers, safekeeper_changes
 from control_plane.errors import ControlPlaneError
 from control_plane.local_env import (
     GenerationMember,
@@ -160,6 +160,23 @@ def test_earlier_generation_matters_until_a_later_one_is_established(
     else:
         begin_generation(env, confs((3, 4, 5)), lambda: standings(known))
         assert [g.number for g in env.earlier_generations] == [1]
+
+
+def test_new_safekeepers_keep_wal_as_the_others_do(
+    env: LocalEnv, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One in the place of another as that one, one more as all have it alike."""
+    monkeypatch.setattr(safekeeper_changes, "_make_directory", lambda _, node_id: instance(node_id))
+    for conf in env.safekeepers:
+        conf.wal_offload = "file:///wal"
+        conf.wal_keep_size = f"{16 * conf.id}MB"
+    env.save()
+    safekeeper_changes.add(env, 4, None, None)
+    assert env.safekeepers[-1].wal_options == {"wal_offload": "file:///wal"}
+    safekeeper_changes.replace(env, 3, 7, None, None)
+    assert env.safekeepers[-1].wal_options == {
+        "wal_keep_size": "48MB", "wal_offload": "file:///wal",
+    }  # fmt: skip
 
 
 def test_lost_disk_is_told(env: LocalEnv) -> None:

@@ -5,16 +5,23 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 from batch_unit.ffi_support import make_server
 from batch_unit.workspace import temporary_workspace
 
-from compute_tools import standby_feed
+from compute_tools import standby_feed, standby_start
 from compute_tools.standby_datadir import begin_replay
-from compute_tools.standby_start import StandbyStart, places
+from compute_tools.standby_start import (
+    StandbyStart,
+    StandbyStartError,
+    find_standby_start,
+    places,
+)
 from postgres_ffi.control_file import DBState, parse_control_file
 from postgres_ffi.decoded_record import DecodedRecord
+from postgres_ffi.distrib import find_distrib
 from postgres_ffi.record_reader import RecordFormatError
 from postgres_ffi.standby_records import RunningXacts, parse_running_xacts
 from postgres_ffi.versions import Rmgr
@@ -23,6 +30,7 @@ from postgres_ffi.wal_format import WAL_SEGMENT_SIZE, segment_start, wal_file_na
 from postgres_ffi.xlog_records import XLOG_CHECKPOINT_ONLINE, XLOG_CHECKPOINT_SHUTDOWN, XLOG_NOOP
 from safekeeper.send_wal import parse_standby_feedback
 from zenith_utils.lsn import Lsn
+from zenith_utils.pq_client import PqConnectionLost, PqError
 from zenith_utils.safekeeper_messages import NO_XMIN, HotStandbyFeedback
 
 BEGIN, END = b"zenith snapshot {", b"zenith snapshot }"
@@ -99,6 +107,7 @@ def test_feed(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = SimpleNamespace(safekeepers=addresses, port=3, tenant_id="t", timeline_id="l")
     known: dict[tuple[str, int], int] = {}
     monkeypatch.setattr(standby_feed, "progress", lambda *_, **__: dict(known))
+    monkeypatch.setattr(standby_feed, "waits_at", lambda _: None)
     changes: list[str] = []
     feed = standby_feed.StandbyFeed(
         spec,  # type: ignore[arg-type]
@@ -119,6 +128,112 @@ def test_feed(monkeypatch: pytest.MonkeyPatch) -> None:
     feed.check()
     assert len(changes) == 2
     assert "host='a,b,c'" in changes[1]
+
+
+def test_feed_leads_to_wal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A standby goes to who has the WAL it needs; if nobody has it for long enough, it is lost."""
+    one, two, three = addresses = ("a", 1), ("b", 2), ("c", 3)
+    spec = SimpleNamespace(safekeepers=addresses, port=3, tenant_id="t", timeline_id="l")
+    holders = {one: True, two: True, three: True}
+    waits: list[Lsn | None] = [None]
+
+    def has_wal(address: tuple[str, int], *_: object) -> bool:
+        if address not in holders:
+            raise PqConnectionLost("away")
+        return holders[address]
+
+    monkeypatch.setattr(standby_feed, "progress", lambda *_, **__: dict.fromkeys(addresses, 100))
+    monkeypatch.setattr(standby_feed, "has_wal", has_wal)
+    monkeypatch.setattr(standby_feed, "waits_at", lambda _: waits[0])
+    changes: list[str] = []
+    feed = standby_feed.StandbyFeed(
+        spec,  # type: ignore[arg-type]
+        lambda: changes.append(feed.conninfo()),
+    )
+    holders[one] = False
+    feed.begin_at(Lsn(80))
+    assert "host='b,a,c'" in feed.conninfo()
+    holders[two] = False
+    feed.check()
+    assert not changes  # it streams
+    waits[0] = Lsn(80)
+    feed.check()
+    assert len(changes) == 1
+    assert "host='c,b,a'" in feed.conninfo()
+
+    # Most have to say that it is gone, again and again for the same LSN.
+    del holders[three], holders[two]
+    for _ in range(5):
+        feed.check()
+    assert not feed.lost
+    holders[two] = False
+    for lsn in (80, 80, 88, 88):
+        waits[0] = Lsn(lsn)
+        feed.check()
+    holders[three] = True
+    feed.check()
+    del holders[three]
+    feed.check()
+    feed.check()
+    assert not feed.lost
+    feed.check()
+    assert "the WAL at 0/58" in feed.lost
+    assert "start it again" in feed.lost
+    assert len(changes) == 1
+
+
+def test_looking_for_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keepalives come at the end of committed WAL, and while WAL is fetched from elsewhere.
+
+    What cannot be read is told, unless it is that there is no more.
+    """
+    begin = 3 * WAL_SEGMENT_SIZE
+    spec = SimpleNamespace(safekeepers=(("a", 1),), timeline_id="l")
+    fetching, idle = (struct.pack(">cQqB", b"k", begin, 0, flags) for flags in (0, 1))
+
+    def wal(lsn: int) -> bytes:
+        return struct.pack(">cQQq", b"w", lsn, begin + 16, 0) + bytes(8)
+
+    class Connection:
+        messages: ClassVar[list[bytes | Exception]] = []
+
+        def __enter__(self) -> Connection:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def start_copy_both(self, sql: str) -> None:
+            assert sql.startswith("START_REPLICATION")
+
+        def recv_copy_data(self, *, timeout: float) -> memoryview:
+            del timeout
+            message = self.messages.pop(0)
+            if isinstance(message, Exception):
+                raise message
+            return memoryview(message)
+
+    monkeypatch.setattr(standby_start, "connect_safekeeper", lambda *_: Connection())
+    monkeypatch.setattr(standby_start, "flush_lsn", lambda _: begin + 16)
+    monkeypatch.setattr(standby_start, "progress", lambda *_: {("a", 1): begin + 16})
+    monkeypatch.setattr(standby_start, "scan", lambda _, data: [shutdown(begin)])
+
+    def find(*messages: bytes | Exception) -> StandbyStart:
+        Connection.messages[:] = messages
+        found = find_standby_start(spec, find_distrib().version)  # type: ignore[arg-type]
+        assert not Connection.messages
+        return found
+
+    assert find(fetching, wal(begin), fetching, wal(begin + 8)).committed_lsn == begin + 16
+    assert find(wal(begin), idle).committed_lsn == begin + 8
+    with pytest.raises(StandbyStartError, match="no safekeeper has WAL of timeline l with a place"):
+        find(idle, idle, idle)
+    with pytest.raises(StandbyStartError, match="a:1: no place to begin in the WAL it has"):
+        find(idle, PqError("FATAL", "58P01", "gone"))
+    with pytest.raises(StandbyStartError, match="a:1: FATAL: damaged"):
+        find(idle, PqError("FATAL", "XX000", "damaged"))
+    with pytest.raises(StandbyStartError, match="a:1: FATAL: gone"):
+        find(PqError("FATAL", "58P01", "gone"))
 
 
 def test_begin_replay() -> None:

@@ -1,16 +1,12 @@
 """The zenith library: what the pageserver reports, in SQL."""
 
-import shutil
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from batch_unit.lazyfiles_support import Postgres, initdb, server_directory
+from batch_unit.lazyfiles_support import Postgres, library_node, stopped_cluster
 
 from compute_tools.feedback_file import NO_LIMIT, FeedbackFile, create
-from pgxn.build import build_module
-from postgres_ffi.distrib import PgDistrib, find_distrib
 from zenith_utils.lsn import lsn_text
 from zenith_utils.os_user import give
 from zenith_utils.safekeeper_messages import NO_FEEDBACK
@@ -28,29 +24,18 @@ QUERY = "SELECT a::text, b::text, c::text, limit_lsn()::text, size() FROM lsns()
 
 
 @pytest.fixture(scope="module")
-def distrib() -> PgDistrib:
-    return find_distrib()
-
-
-@pytest.fixture(scope="module")
-def template(distrib: PgDistrib) -> Iterator[Path]:
-    with server_directory() as root:
-        initdb(distrib, root / "data")
-        yield root / "data"
+def template() -> Iterator[Path]:
+    with stopped_cluster() as datadir:
+        yield datadir
 
 
 @pytest.fixture
-def node(distrib: PgDistrib, template: Path) -> Iterator[Postgres]:
+def node(template: Path) -> Iterator[Postgres]:
     """A stopped server that preloads the library, with an empty feedback file beside its data."""
-    settings = {"shared_preload_libraries": str(build_module(distrib, "zenith"))}
-    with server_directory() as root:
-        shutil.copytree(template, root / "node")
-        give(root / "node", recursive=True)
-        create(root / "feedback")
-        settings["zenith.feedback_file"] = str(root / "feedback")
-        postgres = Postgres(distrib, root / "node", settings)
-        yield postgres
-        postgres.stop(signal.SIGQUIT)
+    with library_node(template) as node:
+        create(feedback_path(node))
+        node.settings = {**node.settings, "zenith.feedback_file": str(feedback_path(node))}
+        yield node
 
 
 def feedback_path(node: Postgres) -> Path:

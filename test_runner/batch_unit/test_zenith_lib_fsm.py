@@ -12,16 +12,16 @@ from batch_unit.lazyfiles_support import (
     PageServer,
     Postgres,
     fork_path,
-    initdb,
     lazy_environment,
     make_lazy_copy,
     server_directory,
+    stopped_cluster,
     wait_for,
 )
 
 from pgxn.build import build_module
 from postgres_ffi.decoded_record import DecodedBlock
-from postgres_ffi.distrib import PgDistrib, find_distrib
+from postgres_ffi.distrib import find_distrib
 from postgres_ffi.wal_decoder import WalDecodeError, WalDecoder
 from zenith_utils.os_user import give
 
@@ -34,26 +34,20 @@ FILL = "INSERT INTO t SELECT g, repeat('x', 500) FROM generate_series(1, 20000) 
 
 
 @pytest.fixture(scope="module")
-def distrib() -> PgDistrib:
-    return find_distrib()
-
-
-@pytest.fixture(scope="module")
-def template(distrib: PgDistrib) -> Iterator[Path]:
+def template() -> Iterator[Path]:
     """A stopped cluster with full tables."""
-    with server_directory() as root:
-        initdb(distrib, root / "data")
-        with Postgres(distrib, root / "data") as postgres:
-            postgres.sql("CREATE TABLE t (i int, v text)", FILL, "VACUUM t")
-            postgres.sql("CREATE TABLE other AS SELECT * FROM t", "VACUUM other")
-            postgres.sql("CREATE UNLOGGED TABLE unlogged AS SELECT * FROM t", "VACUUM unlogged")
-            postgres.stop()
-        yield root / "data"
+    with stopped_cluster(
+        *("CREATE TABLE t (i int, v text)", FILL, "VACUUM t"),
+        *("CREATE TABLE other AS SELECT * FROM t", "VACUUM other"),
+        *("CREATE UNLOGGED TABLE unlogged AS SELECT * FROM t", "VACUUM unlogged"),
+    ) as datadir:
+        yield datadir
 
 
 @pytest.fixture
-def node(distrib: PgDistrib, template: Path) -> Iterator[tuple[Postgres, PageServer]]:
+def node(template: Path) -> Iterator[tuple[Postgres, PageServer]]:
     """A running node on lazily opened files, its free space map logged every second."""
+    distrib = find_distrib()
     settings = {
         "shared_preload_libraries": str(build_module(distrib, "zenith")),
         "zenith.fsm_log_interval": "1",
@@ -146,9 +140,7 @@ def has_free_space(pages: dict[int, bytes]) -> bool:
 
 
 @pytest.mark.parametrize("how", ["clean stop", "crash"])
-def test_space_is_reused_after_a_new_start(
-    node: tuple[Postgres, PageServer], distrib: PgDistrib, how: str
-) -> None:
+def test_space_is_reused_after_a_new_start(node: tuple[Postgres, PageServer], how: str) -> None:
     postgres, _ = node
     start = lsn(postgres)
     fork = map_of(postgres, "t")
@@ -173,7 +165,7 @@ def test_space_is_reused_after_a_new_start(
     restored = fork_path(renewed, fork)
     restored.write_bytes(b"".join(pages.get(b, bytes(BLOCK_SIZE)) for b in range(max(pages) + 1)))
     give(renewed, recursive=True)
-    with Postgres(distrib, renewed, environment=postgres.environment) as second:
+    with Postgres(postgres.distrib, renewed, environment=postgres.environment) as second:
         second.sql(FILL.replace("20000", "9000"))
         assert second.value("SELECT pg_relation_size('t')") == size
 

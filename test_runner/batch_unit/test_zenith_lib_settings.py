@@ -1,6 +1,5 @@
 """The zenith library: its settings, and what it refuses."""
 
-import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,41 +8,25 @@ import psycopg2
 import pytest
 from batch_unit.lazyfiles_support import (
     Postgres,
-    initdb,
+    library_node,
     make_lazy_copy,
-    server_directory,
+    stopped_cluster,
     wait_for,
 )
 
-from pgxn.build import build_module
-from postgres_ffi.distrib import PgDistrib, find_distrib
 from zenith_utils.os_user import give
 
 
 @pytest.fixture(scope="module")
-def distrib() -> PgDistrib:
-    return find_distrib()
-
-
-@pytest.fixture(scope="module")
-def template(distrib: PgDistrib) -> Iterator[Path]:
-    with server_directory() as root:
-        initdb(distrib, root / "data")
-        with Postgres(distrib, root / "data") as postgres:
-            postgres.stop()
-        yield root / "data"
+def template() -> Iterator[Path]:
+    with stopped_cluster() as datadir:
+        yield datadir
 
 
 @pytest.fixture
-def node(distrib: PgDistrib, template: Path) -> Iterator[Postgres]:
-    """A stopped server that preloads the library."""
-    settings = {"shared_preload_libraries": str(build_module(distrib, "zenith"))}
-    with server_directory() as root:
-        shutil.copytree(template, root / "node")
-        give(root / "node", recursive=True)
-        postgres = Postgres(distrib, root / "node", settings)
-        yield postgres
-        postgres.stop(signal.SIGQUIT)
+def node(template: Path) -> Iterator[Postgres]:
+    with library_node(template) as node:
+        yield node
 
 
 def configure(node: Postgres, *lines: str) -> None:
