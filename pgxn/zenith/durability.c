@@ -92,7 +92,8 @@ check_commit_level(int *newval, void **extra, GucSource source)
 	if (*newval == SYNCHRONOUS_COMMIT_LOCAL_FLUSH)
 	{
 		*newval = SYNCHRONOUS_COMMIT_ON;
-		if (source >= PGC_S_INTERACTIVE && MyProcPid != PostmasterPid)
+		/* To whoever sets it, not where a value is looked at for later (PGC_S_TEST). */
+		if (source == PGC_S_SESSION)
 			ereport(NOTICE,
 					(errmsg("\"synchronous_commit\" is taken as \"on\""),
 					 errdetail("This server's disk does not outlive a crash: \"local\" would protect from nothing."),

@@ -23,13 +23,12 @@ from fixtures.zenith_env import Safekeeper, ZenithEnv, ZenithEnvBuilder
 def start(builder: ZenithEnvBuilder, safekeepers: int = 3, **options: str) -> ZenithEnv:
     """An environment whose safekeepers keep no more WAL than they must, with further options."""
     builder.num_safekeepers = safekeepers
-    env = builder.init()
-    options = {"wal_keep_size": "0", "wal_removal_interval": "100ms", **options}
-    lines = "".join(f"{name} = '{value}'\n" for name, value in options.items())
-    config = env.repo_dir / "config"
-    config.write_text(re.sub(r"(?m)^sync = .*\n", rf"\g<0>{lines}", config.read_text()))
-    builder.start()
-    return env
+    builder.safekeeper_options = {
+        "wal_keep_size": "0",
+        "wal_removal_interval": "100ms",
+        **options,
+    }
+    return builder.init_start()
 
 
 def main_timeline(env: ZenithEnv) -> uuid.UUID:

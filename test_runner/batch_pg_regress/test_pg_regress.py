@@ -88,6 +88,7 @@ def test_pg_regress_killed(
 ) -> None:
     """A compute killed in the middle of the suite: what Postgres' own recovery makes of the WAL."""
     zenith_env_builder.num_safekeepers = 1
+    zenith_env_builder.safekeeper_options = {"wal_removal": "off"}  # the oracle begins at the start
     env = zenith_env_builder.init_start()
     first = FirstState(env, Path(test_output_dir) / "first_state")
     pg = env.postgres.create_start("main", config_lines=SETTINGS)

@@ -294,6 +294,10 @@ def test_local_is_on(primary: Primary) -> None:
             assert "is taken as" in connection.notices[0]
             cursor.execute("SHOW synchronous_commit")
             assert cursor.fetchone() == ("on",)
+            cursor.execute(
+                "BEGIN; ALTER ROLE CURRENT_USER SET synchronous_commit = local; ROLLBACK"
+            )
+            assert len(connection.notices) == 1
         statement = Statement(connection, "INSERT INTO t VALUES (1)")
         primary.wait_in_commit(statement)
         primary.connect_standby()
