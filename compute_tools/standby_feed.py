@@ -32,9 +32,9 @@ WAL_IS_GONE: Final = "58P01"
 
 _CONNECT_TIMEOUT: Final = 5.0
 _CHECK_TIMEOUT: Final = 2.0
-# Checks that find nobody with the WAL before the standby is given up. They take longer than the
-# pause between two attempts of Postgres (wal_retrieve_retry_interval), of which one may succeed.
-_MISSES: Final = 3
+# Checks that find nobody with the WAL before the standby is given up. Between them Postgres has
+# tried itself (wal_retrieve_retry_interval), perhaps in the segment after, and got nothing.
+_MISSES: Final = 2
 # Where replay stands if Postgres has found no more WAL anywhere and pauses before it tries again.
 _WAITS: Final = (
     "SELECT pg_last_wal_replay_lsn() FROM pg_stat_activity "
