@@ -515,7 +515,8 @@ class Proposer(Quorum):
     def _join_lsn(self) -> int:
         """Where the log of a newcomer begins: all have what is below, and so has the pageserver.
 
-        So it is as good a place as the others for what the pageserver has still to get.
+        So it is as good a place as the others for what the pageserver has still to get. More than
+        that is committed: a newcomer always gets a record, and its log an end that can be counted.
         """
         delivered = min(self.truncate_lsn, self.feedback.ps_flushlsn)
         return max(self._needed_lsn, delivered, self.history[0].lsn)
