@@ -213,6 +213,10 @@ MUTATIONS: Final = (
              "if term in ends:", "if True:\n            ends.setdefault(term, end)"),
     Mutation("in the last common term the shorter log decides", DIVERGENCE,
              "return end if our_end is None else min(end, our_end)", "return end"),
+    Mutation("a log that has nothing in common goes as a whole", CORE,
+             "self.history[0].lsn if log_end else join_lsn", "join_lsn"),
+    Mutation("a recovering log keeps nothing foreign", CORE,
+             "if recovered_lsn and start >= log_end:", "if recovered_lsn:"),
     Mutation("recovery takes WAL from those who have it in this term", CORE,
              "if peer.flush_lsn > position", "if True"),
     # ---- the proposer: commit

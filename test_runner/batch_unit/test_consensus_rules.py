@@ -255,6 +255,31 @@ def test_donor_is_the_one_with_the_newest_epoch(rules: Rules) -> None:
     assert core.receive(2, AcceptorGreeting(10)) == (rules.core.Defeated(2, 10),)
 
 
+def join(rules: Rules, flush: int, *history: tuple[int, int], recovering: bool) -> int:
+    """Where the stream to an acceptor with some log begins; the horizon is 4000."""
+    common = VoteResponse(9, True, 5000, 4000, (TermLsn(2, 1000),))
+    core = elect(rules, common, common)
+    core.connected(2)
+    core.receive(2, AcceptorGreeting(9, recovering=recovering))
+    entries = tuple(TermLsn(*entry) for entry in history)
+    actions = core.receive(2, VoteResponse(9, False, flush, 0, entries, recovering=recovering))
+    if recovering:
+        hello(core, 0)
+        actions = hello(core, 1)
+    assert isinstance(actions[0].message, ProposerElected)
+    return actions[0].message.start_streaming_at
+
+
+def test_nothing_foreign_is_left_below_the_horizon(rules: Rules) -> None:
+    for recovering in (False, True):
+        assert join(rules, 0, recovering=recovering) == 4000
+        assert join(rules, 4500, (1, 1000), recovering=recovering) == 1000
+        assert join(rules, 4500, (2, 1000), (3, 3500), recovering=recovering) == 3500
+        assert join(rules, 4500, (2, 1000), recovering=recovering) == 4500
+    assert join(rules, 3500, (2, 1000), recovering=False) == 3500
+    assert join(rules, 3500, (2, 1000), recovering=True) == 4000
+
+
 def test_another_campaign_begins_with_nothing(rules: Rules) -> None:
     core = elect(rules, VOTE, VOTE)
     for index in (0, 1):
