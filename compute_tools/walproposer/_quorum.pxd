@@ -24,6 +24,7 @@ cdef class Quorum:
     cdef public uint64_t epoch_start_lsn
     cdef public uint64_t truncate_lsn
     cdef public uint64_t commit_lsn
+    cdef readonly uint64_t previous_commit_lsn
     cdef public bint established
     cdef public tuple joint
     cdef bytes proposer_id

@@ -55,7 +55,8 @@ cdef class Quorum:
 
     established: a majority follows us, of the current generation and of all in `joint`, and has
     WAL to the start of our epoch. Before that nothing is committed, after it the current one alone
-    decides: no leader of an earlier generation can be elected any more.
+    decides: no leader of an earlier generation can be elected any more. previous_commit_lsn: what
+    commit_lsn was before it moved last; truncate_lsn: the horizon, below which all have all WAL.
     """
 
     def __init__(self, int peer_count, bytes proposer_id not None):
@@ -103,8 +104,11 @@ cdef class Quorum:
         if commit and commit >= self.epoch_start_lsn:
             self.established = True
             if commit > self.commit_lsn:
+                self.previous_commit_lsn = self.commit_lsn
                 self.commit_lsn = commit
-        self.truncate_lsn = max(self.truncate_lsn, min(lowest, self.commit_lsn))
+        # Less than all that is committed: so whoever begins there gets a record at least, and can
+        # show where its log ends.
+        self.truncate_lsn = max(self.truncate_lsn, min(lowest, self.previous_commit_lsn))
 
     cdef bint _by_joint(self, uint64_t lsn) noexcept:
         """Whether a majority of each earlier generation that still matters has WAL up to `lsn`."""

@@ -496,9 +496,12 @@ class Proposer(Quorum):
     def _announce(self, index: int, recovered_lsn: int = 0) -> Sequence[Action]:
         peer = self.peers[index]
         assert peer.vote is not None
-        join_lsn = self._join_lsn()
-        start = divergence_lsn(self.history, peer.vote.term_history, peer.vote.flush_lsn, join_lsn)
-        if recovered_lsn:
+        join_lsn, log_end = self._join_lsn(), peer.vote.flush_lsn
+        # A log that has nothing in common with ours (of another bootstrap) goes as a whole.
+        no_common = self.history[0].lsn if log_end else join_lsn
+        start = divergence_lsn(self.history, peer.vote.term_history, log_end, no_common)
+        if recovered_lsn and start >= log_end:
+            # WAL may be left out behind its log, but nothing foreign be left in.
             start = max(start, join_lsn)
         peer.state = PeerState.STREAMING
         peer.next_lsn = start
@@ -515,7 +518,8 @@ class Proposer(Quorum):
     def _join_lsn(self) -> int:
         """Where the log of a newcomer begins: all have what is below, and so has the pageserver.
 
-        So it is as good a place as the others for what the pageserver has still to get.
+        So it is as good a place as the others for what the pageserver has still to get. More than
+        that is committed: a newcomer always gets a record, and its log an end that can be counted.
         """
         delivered = min(self.truncate_lsn, self.feedback.ps_flushlsn)
         return max(self._needed_lsn, delivered, self.history[0].lsn)

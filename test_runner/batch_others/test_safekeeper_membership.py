@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from batch_others import test_wal_retention as retention
 from fixtures.postgres import Postgres
 from fixtures.safekeeper_wal import Timeline, assert_same_wal
-from fixtures.utils import wait_until
+from fixtures.utils import lsn_from_hex, wait_until
 from fixtures.zenith_env import Safekeeper, SafekeeperPort, ZenithEnv, ZenithEnvBuilder
 
 SEGMENT_SIZE = 16 << 20
@@ -158,6 +159,30 @@ def test_replace_one_after_the_other(env: ZenithEnv) -> None:
     listed = env.zenith_cli.raw_cli(["safekeeper", "list"]).stdout
     assert "generation 2" in listed
     assert config(env)["safekeepers"][0]["instance"] in listed
+
+
+def test_nothing_is_written_between_replacements_and_a_failure(
+    zenith_env_builder: ZenithEnvBuilder,
+) -> None:
+    """A branch at rest, whose WAL everybody has: new safekeepers are as good as the ones before."""
+    env = retention.start(zenith_env_builder)
+    pg = env.postgres.create_start("main")
+    write(pg, 1)
+    pg.stop()
+    timeline = retention.main_timeline(env)
+    end = lsn_from_hex(retention.status(env.safekeepers[0], timeline)["flush_lsn"])
+    retention.make_durable(env, timeline, end)
+    for safekeeper in env.safekeepers:
+        retention.wait_held(safekeeper, timeline, "safekeepers")
+    for generation, position in ((1, 2), (2, 0)):
+        lost = env.safekeepers[position]
+        lost.stop()
+        said = replace(env, str(lost.id))
+        assert f"branch main now has safekeepers of generation {generation}" in said
+    env.safekeepers[1].stop()
+    pg.start()
+    write(pg, 2)
+    check(pg, 2)
 
 
 def test_stale_configuration_is_refused(env: ZenithEnv) -> None:

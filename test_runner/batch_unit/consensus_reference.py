@@ -33,7 +33,8 @@ class Quorum:
         self.proposer_id = proposer_id
         self.joint: tuple[Generation, ...] = ()
         self.established = False
-        self.term = self.epoch_start_lsn = self.truncate_lsn = self.commit_lsn = 0
+        self.term = self.epoch_start_lsn = self.truncate_lsn = 0
+        self.commit_lsn = self.previous_commit_lsn = 0
 
     def acknowledge(
         self, peer: Peer, term: int, flush_lsn: int, commit_lsn: int, feedback: ZenithFeedback
@@ -64,8 +65,9 @@ class Quorum:
         if commit and commit >= self.epoch_start_lsn:
             self.established = True
             if commit > self.commit_lsn:
+                self.previous_commit_lsn = self.commit_lsn
                 self.commit_lsn = commit
-        self.truncate_lsn = max(self.truncate_lsn, min(lowest, self.commit_lsn))
+        self.truncate_lsn = max(self.truncate_lsn, min(lowest, self.previous_commit_lsn))
 
     def _by_joint(self, lsn: int) -> bool:
         for generation in self.joint:

@@ -5,15 +5,17 @@ happens next: a message is delivered, a session breaks (what was under way may s
 later ones of the next session), a compute and a safekeeper are cut off from each other, an acceptor
 loses power in the middle of its actions, a new compute starts while an old one still runs, Postgres
 writes. In half of the schedules safekeepers are replaced by empty ones, too, computes start with a
-configuration that is outdated, and disks are wiped or damaged. WAL consists of records of two
-8-byte units, and is sent in any number of units. After every step the promises of consensus are
-checked against a record of everything committed.
+configuration that is outdated, and disks are wiped or damaged, as long as a majority of those who
+matter has its memory, with WAL or still without. WAL consists of records of two 8-byte units, and
+is sent in any number of units. After every step the promises of consensus are checked against a
+record of everything committed. In the end all faults stop; a majority alone has to get on then.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from batch_unit.consensus_nodes import (
@@ -85,6 +87,7 @@ class Simulation:
         self.duels = self.rng.choice([0.3, 0.3, 0.9])
         self.operations = self.rng.choice([0.01, 0.03]) if self.changes else 0.0
         self.breaks = self.rng.choice([0.0, 0.015, 0.05])
+        self.writes = self.rng.choice([1.0, 1.0, 0.1])
         self._serial = 0
 
     def _number(self) -> int:
@@ -126,6 +129,8 @@ class Simulation:
             self.check_acceptor(node)
             return
         if choice < 0.02:
+            if self.rng.random() < 0.3:
+                self.pageserver_gets_on()
             self.save_progress(self.rng.choice(self.slots))
             return
         if choice < 0.02 + self.operations:
@@ -148,6 +153,11 @@ class Simulation:
         except PowerLossError:
             node.restart()
         self.check_acceptor(node)
+
+    def pageserver_gets_on(self) -> None:
+        """It has durably all that is committed."""
+        lsn = START + len(self.committed) * UNIT
+        self.feedback = ZenithFeedback(0, lsn, lsn, lsn)
 
     def start_compute(self, *, stale: bool = True) -> ProposerNode:
         """A compute with the last configuration, or perhaps with an older one."""
@@ -187,7 +197,8 @@ class Simulation:
         if rng.random() < 0.7 and proposer.connections[index] is connection:
             self.deliver_to_proposer(connection, proposer, index)
         if proposer.alive and rng.random() < 0.3:
-            proposer.write()
+            if rng.random() < self.writes:
+                proposer.write()
             proposer.send_wal(index)
             proposer.send_wal(rng.randrange(len(proposer.slots)))
             proposer.heartbeat(rng.randrange(len(proposer.slots)))
@@ -237,17 +248,16 @@ class Simulation:
         return [one for one in self.configurations if one.number >= self.established]
 
     def whole(self, slot: int, instance: bytes) -> bool:
-        """Whether a member is there, with its memory, and has got WAL if there is any."""
+        """Whether a member is there, with its memory."""
         node = self.slots[slot]
-        known = node.acceptor.flush_lsn > 0 or not self.committed
-        return node.instance == instance and not node.disk.state.recovering and known
+        return node.instance == instance and not node.disk.state.recovering
 
-    def expendable(self, slot: int) -> bool:
-        """Whether a majority of everybody who matters would stay whole, and known, without it."""
+    def expendable(self, *slots: int) -> bool:
+        """Whether a majority of everybody who matters would stay whole without these."""
         there = {
             member
             for member in self.configurations[-1].members
-            if member[0] != slot and self.whole(*member)
+            if member[0] not in slots and self.whole(*member)
         }
         return all(
             2 * len(there.intersection(one.members)) > len(one.members) for one in self.mattering()
@@ -261,6 +271,8 @@ class Simulation:
         slot, instance = last.members[position]
         gone = self.slots[slot].instance != instance
         choice = rng.random()
+        empty = any(not self.slots[at].acceptor.flush_lsn for at, who in last.members if at != slot)
+        self.counts["empty"] += empty and bool(self.committed) and self.expendable(slot)
         if choice < 0.4 or gone:
             if len(self.configurations) < MOST_GENERATIONS and (gone or self.expendable(slot)):
                 self.replace(position, empty=not gone)
@@ -290,45 +302,97 @@ class Simulation:
     # ---- the end
 
     def heal(self) -> None:
-        """No more faults: one new compute must get everything committed and more."""
+        """No more faults: a new compute must get everything committed and more.
+
+        First with no more of the others than must be enough, then with all; and then again after
+        one of them was replaced, and nothing written until the change was established.
+        """
         self.power_loss = 0.0
         self.zombies.clear()
         for node in self.slots:
             node.restart()
             self.check_acceptor(node)
-        last = self.start_compute(stale=False)
-        self.proposers = [last]
+        self.proceed_without(self.dispensable())
+        self.proceed_without(())
         members = self.configurations[-1].members
-        nodes = [self.slots[at] for at, who in members if self.slots[at].instance == who]
+        expendable = [n for n, (slot, _) in enumerate(members) if self.expendable(slot)]
+        if self.changes and expendable:
+            self.pageserver_gets_on()
+            for slot, _ in members:
+                self.save_progress(self.slots[slot])
+            self.replace(self.rng.choice(expendable), empty=True)
+            self.establish()
+            self.proceed_without(self.dispensable())
+        self.counts["committed"] += len(self.committed)
+
+    def dispensable(self) -> list[int]:
+        """Some of those that a majority of everybody who matters would stay whole without."""
+        found: list[int] = []
+        slots = [slot for slot, _ in self.configurations[-1].members]
+        for slot in self.rng.sample(slots, len(slots)):
+            if self.rng.random() < 0.7 and self.expendable(*found, slot):
+                found.append(slot)
+        self.counts["away"] += bool(found)
+        return found
+
+    def establish(self) -> None:
+        """Have a compute elected that writes nothing, until its generation is established."""
+        compute = self.start_last_compute()
+        for _ in range(100):
+            self.round(compute, ())
+            if compute.core.established:
+                self.established = compute.core.membership.generation
+                return
+        raise AssertionError("a generation is not established although nothing is broken")
+
+    def proceed_without(self, away: Collection[int]) -> None:
+        """Have a compute commit some WAL, and everybody who is not away get all there is."""
+        compute = self.start_last_compute()
+        nodes = [
+            self.slots[at]
+            for at, who in self.configurations[-1].members
+            if at not in away and self.slots[at].instance == who
+        ]
         written = len(self.committed)
         for _ in range(600):
-            for index in range(len(last.slots)):
-                connection = last.connections[index]
-                if connection is None or connection.broken:
-                    last.disconnect(index)
-                    last.connect(index)
-                    continue
-                self.deliver_to_acceptor(connection, last, index)
-                self.deliver_to_proposer(connection, last, index)
-                last.send_wal(index)
-                if not connection.to_acceptor and not connection.to_proposer:
-                    last.heartbeat(index)
-            assert last.alive
-            if last.campaign_due:
-                last.campaign_due = False
-                last.perform(last.core.campaign())
+            self.round(compute, away)
             if len(self.committed) < written + 6:
-                last.write()
-            done = last.core.commit_lsn == last.end and len(self.committed) >= written + 6
-            if done and all(node.acceptor.commit_lsn == last.end for node in nodes):
+                compute.write()
+            end = compute.end
+            done = compute.core.commit_lsn == end and len(self.committed) >= written + 6
+            if done and all(node.acceptor.commit_lsn == end for node in nodes):
                 break
         else:
             raise AssertionError("no progress although nothing is broken any more")
-        assert last.log == self.committed
+        assert compute.log == self.committed
         for node in nodes:
             assert not node.disk.state.recovering, "an acceptor is never whole again"
             assert node.snapshot() == self.committed, "logs differ in the end"
-        self.counts["committed"] += len(self.committed)
+
+    def start_last_compute(self) -> ProposerNode:
+        """The only one from now on."""
+        self.proposers = [self.start_compute(stale=False)]
+        return self.proposers[0]
+
+    def round(self, compute: ProposerNode, away: Collection[int]) -> None:
+        """What happens between a compute and everybody else, without a fault."""
+        for index, slot in enumerate(compute.slots):
+            if slot in away:
+                continue
+            connection = compute.connections[index]
+            if connection is None or connection.broken:
+                compute.disconnect(index)
+                compute.connect(index)
+                continue
+            self.deliver_to_acceptor(connection, compute, index)
+            self.deliver_to_proposer(connection, compute, index)
+            compute.send_wal(index)
+            if not connection.to_acceptor and not connection.to_proposer:
+                compute.heartbeat(index)
+        assert compute.alive
+        if compute.campaign_due:
+            compute.campaign_due = False
+            compute.perform(compute.core.campaign())
 
     # ---- promises
 

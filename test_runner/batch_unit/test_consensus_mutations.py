@@ -71,7 +71,10 @@ def test_a_mutation_that_does_not_apply_is_an_error() -> None:
 @pytest.mark.parametrize("count", [1, 3, 4, 5])
 def test_quorum_and_its_reference(count: int) -> None:
     rng = random.Random(count)
-    fields = ("term", "commit_lsn", "truncate_lsn", "epoch_start_lsn", "established")
+    fields = (
+        "term", "commit_lsn", "previous_commit_lsn", "truncate_lsn", "epoch_start_lsn",
+        "established",
+    )  # fmt: skip
     for _ in range(200):
         pair: list[Any] = [
             Quorum(count, bytes(16)),

@@ -234,13 +234,16 @@ def test_donor_is_the_one_with_the_newest_epoch(rules: Rules) -> None:
     core.receive(0, AppendResponse(8, 5000, 5000))
     assert core.commit_lsn == 0
     core.receive(0, AppendResponse(9, 3000, 0))
-    assert (core.commit_lsn, core.truncate_lsn) == (3000, 1000)  # one has nothing
+    assert core.commit_lsn == 3000
     assert not core.synced
     core.receive(0, AppendResponse(9, 3000, 3000))
     assert core.synced
     with pytest.raises(rules.core.ProposerError, match="but the safekeepers' WAL ends at"):
         core.start(3008)
     core.start(3000)
+    for index in (0, 1):
+        core.receive(index, AppendResponse(9, 3104, 3000))
+    assert (core.commit_lsn, core.truncate_lsn) == (3104, 1000)  # one has nothing
     assert core.receive(0, AppendResponse(10)) == (rules.core.Defeated(0, 10),)
     # A late joiner is asked where it stands, and defeats us only with a higher term.
     core.connected(2)
@@ -250,6 +253,31 @@ def test_donor_is_the_one_with_the_newest_epoch(rules: Rules) -> None:
     core.disconnected(2)
     core.connected(2)
     assert core.receive(2, AcceptorGreeting(10)) == (rules.core.Defeated(2, 10),)
+
+
+def join(rules: Rules, flush: int, *history: tuple[int, int], recovering: bool) -> int:
+    """Where the stream to an acceptor with some log begins; the horizon is 4000."""
+    common = VoteResponse(9, True, 5000, 4000, (TermLsn(2, 1000),))
+    core = elect(rules, common, common)
+    core.connected(2)
+    core.receive(2, AcceptorGreeting(9, recovering=recovering))
+    entries = tuple(TermLsn(*entry) for entry in history)
+    actions = core.receive(2, VoteResponse(9, False, flush, 0, entries, recovering=recovering))
+    if recovering:
+        hello(core, 0)
+        actions = hello(core, 1)
+    assert isinstance(actions[0].message, ProposerElected)
+    return actions[0].message.start_streaming_at
+
+
+def test_nothing_foreign_is_left_below_the_horizon(rules: Rules) -> None:
+    for recovering in (False, True):
+        assert join(rules, 0, recovering=recovering) == 4000
+        assert join(rules, 4500, (1, 1000), recovering=recovering) == 1000
+        assert join(rules, 4500, (2, 1000), (3, 3500), recovering=recovering) == 3500
+        assert join(rules, 4500, (2, 1000), recovering=recovering) == 4500
+    assert join(rules, 3500, (2, 1000), recovering=False) == 3500
+    assert join(rules, 3500, (2, 1000), recovering=True) == 4000
 
 
 def test_another_campaign_begins_with_nothing(rules: Rules) -> None:
@@ -537,9 +565,55 @@ class Wire:
 
     def append(self, begin: int, end: int) -> Any:
         """Have WAL flushed."""
-        request = append(self.core.term, begin, end, self.core.commit_lsn)
+        core = self.core
+        told = (core.commit_lsn, core.truncate_lsn, b"p" * 16)
+        request = AppendRequest(core.term, core.epoch_start_lsn, begin, end, *told)
         assert self.acceptor.append(self.session, request) is None
         return self.core.receive(self.index, self.acceptor.flushed(end)[-1].message)
+
+
+def election(rules: Rules, core: Any, acceptors: dict[int, Any]) -> dict[int, Wire]:
+    """Let a proposer be elected, and followed, by acceptors; the sessions."""
+    wires = {index: Wire(rules, core, index, one) for index, one in acceptors.items()}
+    pending = [(one, message) for one in wires.values() for message in one.requests(one.actions)]
+    while pending:
+        wire, message = pending.pop(0)
+        actions = wire.ask(message)
+        pending += [(one, sent) for one in wires.values() for sent in one.requests(actions)]
+    assert core.phase is rules.core.Phase.ELECTED
+    return wires
+
+
+def test_one_that_has_all_and_an_empty_one_are_a_quorum(rules: Rules) -> None:
+    """One of three that have all is replaced, and another fails before the newcomer has WAL."""
+    identity = rules.core.Identity(TENANT, TIMELINE, b"o" * 16)
+    leader = rules.core.Proposer(identity, 3)
+    acceptors = {index: make_acceptor(rules)[0] for index in range(3)}
+    wires = election(rules, leader, acceptors)
+    for begin, end in ((3000, 3000), (3000, 3104), (3104, 3208), (3208, 3208)):
+        for wire in wires.values():
+            wire.append(begin, end)
+        if end == 3000:
+            leader.start(3000)
+    assert leader.commit_lsn == 3208
+    whole = acceptors[0]
+    whole.progress()
+    assert whole.state.commit_lsn == whole.flush_lsn == 3208
+    whole.needed_lsn = 3208  # nor does the pageserver need any WAL
+
+    empty = rules.consensus.Acceptor(rules.consensus.ControlState(TENANT, TIMELINE), 0, INSTANCE)
+    successor = rules.core.Proposer(identity, 3, Membership(2))
+    wires = election(rules, successor, {0: whole, 2: empty})
+    assert (successor.epoch_start_lsn, successor.donor) == (3208, 0)
+    # There is something to send, so that it can tell an end of its log.
+    assert successor.peers[2].next_lsn == 3104
+    assert successor.sources(2) == [0]
+    wires[0].append(3208, 3208)
+    wires[2].append(3104, 3208)
+    assert successor.commit_lsn == 3208
+    for wire in wires.values():
+        wire.append(3208, 3208)
+    assert successor.synced
 
 
 def test_nobody_is_elected_with_a_vote_that_was_forgotten(rules: Rules) -> None:
@@ -547,13 +621,8 @@ def test_nobody_is_elected_with_a_vote_that_was_forgotten(rules: Rules) -> None:
     other = rules.core.Proposer(rules.core.Identity(TENANT, TIMELINE, b"n" * 16), 3)
     acceptors = [make_acceptor(rules)[0] for _ in range(3)]
 
-    wires = [Wire(rules, leader, index, acceptor) for index, acceptor in enumerate(acceptors)]
-    pending = [(wire, message) for wire in wires for message in wire.requests(wire.actions)]
-    while pending:
-        wire, message = pending.pop(0)
-        actions = wire.ask(message)
-        pending += [(one, message) for one in wires for message in one.requests(actions)]
-    for wire in wires:
+    wires = election(rules, leader, dict(enumerate(acceptors)))
+    for wire in wires.values():
         wire.append(3000, 3000)
     leader.start(3000)
     assert (leader.term, leader.commit_lsn) == (4, 3000)

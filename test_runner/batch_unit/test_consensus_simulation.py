@@ -39,7 +39,8 @@ def run_block(first: int, count: int, acceptors: int = 3, steps: int = STEPS) ->
 def test_three_acceptors(block: int) -> None:
     counts = run_block(1000 * block, 1000)
     # The schedules reach what they are for.
-    for event in ("elected", "committed", "established", "Outdated", "Defeated", "damaged"):
+    events = ("elected", "committed", "established", "Outdated", "Defeated", "damaged")
+    for event in (*events, "away", "empty"):
         assert counts[event] > 20, event
 
 

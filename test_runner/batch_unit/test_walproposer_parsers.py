@@ -128,15 +128,15 @@ def test_damaged_stream() -> None:
 
 
 def reference_advance(
-    flushed: list[int], epoch_start: int, commit: int, truncate: int
-) -> tuple[int, int]:
-    """Commit LSN and truncate horizon, from what they were and what is durable where."""
+    flushed: list[int], epoch_start: int, commit: int, previous: int, truncate: int
+) -> tuple[int, int, int]:
+    """Commit LSN, the one before, and horizon, from what they were and what is durable where."""
     ordered = sorted(flushed)
     quorum = len(flushed) // 2 + 1
     new_commit = ordered[len(flushed) - quorum]
-    if new_commit >= epoch_start:
-        commit = max(commit, new_commit)
-    return commit, max(truncate, min(ordered[0], commit))
+    if new_commit >= epoch_start and new_commit > commit:
+        commit, previous = new_commit, commit
+    return commit, previous, max(truncate, min(ordered[0], previous))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 7])
@@ -147,7 +147,7 @@ def test_commit_and_truncate_horizon(count: int) -> None:
         quorum.term = 5
         quorum.epoch_start_lsn = epoch_start = rng.randint(0, 40)
         flushed = [0] * count
-        commit = truncate = 0
+        known = (0, 0, 0)
         for peer in quorum.peers:
             peer.state = PeerState.STREAMING
         for _ in range(5 * count):
@@ -156,8 +156,11 @@ def test_commit_and_truncate_horizon(count: int) -> None:
             assert quorum.acknowledge(quorum.peers[index], 5, lsn, lsn // 2, feedback)
             if lsn > flushed[index]:
                 flushed[index] = lsn
-                commit, truncate = reference_advance(flushed, epoch_start, commit, truncate)
-            assert (quorum.commit_lsn, quorum.truncate_lsn) == (commit, truncate)
+                known = reference_advance(flushed, epoch_start, *known)
+            commit, previous, truncate = known
+            assert (quorum.commit_lsn, quorum.previous_commit_lsn) == (commit, previous)
+            assert quorum.truncate_lsn == truncate
+            assert truncate < commit or not commit
             assert quorum.peers[index].feedback is feedback
         assert [peer.flush_lsn for peer in quorum.peers] == flushed
 
