@@ -59,7 +59,6 @@ _MAX_MAIN_DATA: Final = 255
 _XLOG_LOGICAL_MESSAGE: Final = 0
 # xl_logical_message (replication/message.h): database, transactional and padding, sizes.
 _LOGICAL_MESSAGE = struct.Struct("<IB3xQQ")
-# XLogRecord without its CRC (access/xlogrecord.h): length, xid, prev, info, rmgr and padding.
 
 
 @dataclass(frozen=True, slots=True)

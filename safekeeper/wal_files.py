@@ -12,9 +12,9 @@ import errno
 import functools
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from postgres_ffi.wal_format import WAL_SEGMENT_SIZE, parse_wal_file_name, wal_file_name
 from safekeeper.recent_wal import RecentWal
@@ -30,6 +30,8 @@ _ZEROS_SIZE: Final = 1 << 20
 # What is read at once past the page cache.
 _DIRECT_SIZE: Final = (1 << 20) + 2 * DIRECT_BLOCK
 _TLI: Final = 1
+
+T = TypeVar("T")
 
 
 class WalStorageError(Exception):
@@ -85,7 +87,12 @@ def create_segment(directory: Path, segno: int, *, sync: bool) -> Path:
     """
     path = segment_path(directory, segno, partial=True)
     temp = path.with_name(path.name + TEMP_SUFFIX)
-    fd = _create(temp, direct=sync)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+    if sync:
+        # Zeros in the page cache would be in the way of the direct writes that follow.
+        fd = open_direct(lambda direct: os.open(temp, flags | direct, 0o600))
+    else:
+        fd = os.open(temp, flags, 0o600)
     try:
         try:
             with memoryview(_zeros()) as zeros:
@@ -104,19 +111,14 @@ def create_segment(directory: Path, segno: int, *, sync: bool) -> Path:
     return path
 
 
-def _create(path: Path, *, direct: bool) -> int:
-    """A descriptor of a new file; `direct`: past the page cache, if the file system knows that.
-
-    Zeros in the page cache would be in the way of the direct writes that follow.
-    """
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-    if direct:
-        try:
-            return os.open(path, flags | os.O_DIRECT, 0o600)
-        except OSError as e:
-            if e.errno != errno.EINVAL:
-                raise
-    return os.open(path, flags, 0o600)
+def open_direct(opening: Callable[[int], T]) -> T:
+    """`opening(O_DIRECT)`, or `opening(0)` if the file system knows no direct I/O."""
+    try:
+        return opening(os.O_DIRECT)
+    except OSError as e:
+        if e.errno != errno.EINVAL:
+            raise
+    return opening(0)
 
 
 @functools.cache

@@ -7,7 +7,6 @@ called under the timeline's lock; reading goes through SegmentReader without it.
 
 from __future__ import annotations
 
-import errno
 import os
 from concurrent.futures import Executor, Future
 from pathlib import Path
@@ -21,6 +20,7 @@ from safekeeper.wal_files import (
     WalStorageError,
     create_segment,
     list_segments,
+    open_direct,
     open_segment,
     pwrite_all,
     remove_leftovers,
@@ -178,14 +178,10 @@ class WalStorage:
             self._next = (segno + 1, future)
 
     def _open_to_write(self, segno: int) -> int | None:
-        if self._sync:
-            try:
-                return open_segment(self.directory, segno, os.O_RDWR | os.O_DIRECT)
-            except OSError as e:
-                if e.errno != errno.EINVAL:
-                    raise
-                # This file system knows no direct I/O: through the page cache then.
-        return open_segment(self.directory, segno, os.O_RDWR)
+        def opening(direct: int) -> int | None:
+            return open_segment(self.directory, segno, os.O_RDWR | direct)
+
+        return open_direct(opening) if self._sync else opening(0)
 
     def _wait_for_next(self) -> int:
         """Wait until no segment is being created; number of the one that was, -1 if none."""

@@ -204,6 +204,16 @@ def copy_pageserver(env: ZenithEnv, copy: Path) -> None:
     env.pageserver.start()
 
 
+def begin_with_copy(env: ZenithEnv, copy: Path) -> tuple[Postgres, uuid.UUID, int]:
+    """A node that has written, its timeline and how far; the pageserver has it in a copy, too."""
+    pg = env.postgres.create_start("main")
+    timeline = main_timeline(env)
+    lsn = write(pg, 1)
+    make_durable(env, timeline, lsn)
+    copy_pageserver(env, copy)
+    return pg, timeline, lsn
+
+
 def put_back(env: ZenithEnv, copy: Path) -> None:
     """Kill the pageserver, and start it with the data of a copy."""
     env.pageserver.kill()
@@ -221,11 +231,7 @@ def test_old_pageserver_reads_offloaded_wal(
     """
     storage, away, copy = make_storage(tmp_path), tmp_path / "away", tmp_path / "tenants"
     env = start(zenith_env_builder, wal_offload=storage.as_uri())
-    pg = env.postgres.create_start("main")
-    timeline = main_timeline(env)
-    lsn = write(pg, 1)
-    make_durable(env, timeline, lsn)
-    copy_pageserver(env, copy)
+    pg, timeline, lsn = begin_with_copy(env, copy)
 
     end = write(pg, 3)
     make_durable(env, timeline, end)
@@ -319,11 +325,7 @@ def test_replaced_safekeeper_serves_wal_it_never_had(
     """A pageserver that is far behind gets its WAL through an empty safekeeper of later, too."""
     storage, copy = make_storage(tmp_path), tmp_path / "tenants"
     env = start(zenith_env_builder, wal_offload=storage.as_uri())
-    pg = env.postgres.create_start("main")
-    timeline = main_timeline(env)
-    lsn = write(pg, 1)
-    make_durable(env, timeline, lsn)
-    copy_pageserver(env, copy)
+    pg, timeline, lsn = begin_with_copy(env, copy)
     end = write(pg, 2)
     make_durable(env, timeline, end)
     first, second, third = env.safekeepers
