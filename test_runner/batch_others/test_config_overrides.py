@@ -1,4 +1,4 @@
-"""Settings of the pageserver given on the command line: which hold, for how long, and which do not."""
+"""Settings of the pageserver given on the command line: which hold, how long, and which do not."""
 
 from __future__ import annotations
 
