@@ -19,7 +19,11 @@ MANUAL = "gc_horizon=0;compaction_period='0 s';pitr_interval='0 s'"
 
 
 def test_old_lsns_are_refused(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """Below the cutoff there are no branches, base backups and nodes; at it and above there are."""
+    """Below the cutoff there are no branches, base backups and nodes; at it and above there are.
+
+    Past the cutoff some pages are gone and some are not: whatever were made there would be a
+    mixture of two times.
+    """
     zenith_env_builder.num_safekeepers = 1
     zenith_env_builder.pageserver_config_override = MANUAL
     env = zenith_env_builder.init_start()
@@ -101,7 +105,11 @@ def test_running_computes_keep_their_state(
 
 
 def test_collected_by_itself_by_tenant(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """History goes as each tenant's settings say, from one moment to the next."""
+    """History goes as each tenant's settings say, from one moment to the next.
+
+    How far back a tenant can look is what its owner has chosen and pays for: neither less, nor
+    more for ever.
+    """
     zenith_env_builder.num_safekeepers = 1
     zenith_env_builder.pageserver_config_override = EAGER
     env = zenith_env_builder.init_start()
@@ -166,7 +174,10 @@ def settled_size(pg: Postgres) -> int:
 
 @pytest.mark.parametrize("dropped", ["table", "database", "truncated"])
 def test_space_comes_back(zenith_env_builder: ZenithEnvBuilder, dropped: str) -> None:
-    """After 200 MB were dropped the files are as small as if they had never been."""
+    """After 200 MB were dropped the files are as small as if they had never been.
+
+    Who drops data to free a disk must see it freed.
+    """
     zenith_env_builder.num_safekeepers = 1
     zenith_env_builder.pageserver_config_override = MANUAL + ";checkpoint_distance=33554432"
     env = zenith_env_builder.init_start()
@@ -207,7 +218,11 @@ def max_md5(pg: Postgres) -> str:
 
 
 def test_dropped_relation_can_come_back(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """What is cut off and written anew is what was written last, on disk as in memory."""
+    """What is cut off and written anew is what was written last, on disk as in memory.
+
+    Blocks of a table that shrank and grew again have two lives: garbage of the first must not
+    come back as rows of the second.
+    """
     zenith_env_builder.num_safekeepers = 1
     zenith_env_builder.pageserver_config_override = MANUAL
     env = zenith_env_builder.init_start()

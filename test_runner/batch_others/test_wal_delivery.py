@@ -74,7 +74,11 @@ def wait_delivered(env: ZenithEnv, timeline: uuid.UUID, lsn: int) -> None:
 
 @pytest.mark.parametrize("lost", ["received", "never_received"])
 def test_pageserver_killed(zenith_env_builder: ZenithEnvBuilder, lost: str) -> None:
-    """A pageserver that was killed catches up although the compute was stopped before."""
+    """A pageserver that was killed catches up although the compute was stopped before.
+
+    Else a branch that was put to rest would lack its last commits until somebody happens to
+    start it.
+    """
     zenith_env_builder.num_safekeepers = 3
     env = zenith_env_builder.init_start()
     pg = env.postgres.create_start("main")
@@ -104,7 +108,11 @@ def test_pageserver_killed(zenith_env_builder: ZenithEnvBuilder, lost: str) -> N
 
 
 def test_everything_killed(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """With the daemons alone back, branches and read-only nodes at an acknowledged LSN work."""
+    """With the daemons alone back, branches and read-only nodes at an acknowledged LSN work.
+
+    After a power cut people look at their data first, by branches and nodes in the past: it
+    must be there before any writer is.
+    """
     zenith_env_builder.num_safekeepers = 3
     env = zenith_env_builder.init_start()
     pg = env.postgres.create_start("main")
@@ -137,7 +145,11 @@ def test_everything_killed(zenith_env_builder: ZenithEnvBuilder) -> None:
 
 
 def test_commit_without_safekeepers(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """A commit that waits for the flush returns when the pageserver has it on disk."""
+    """A commit that waits for the flush returns when the pageserver has it on disk.
+
+    Without safekeepers the pageserver's disk is all there is: a session that asks for safety
+    must get it there.
+    """
     env = zenith_env_builder.init_start()
     pg = env.postgres.create_start("main")
     timeline = main_timeline(env)
