@@ -62,12 +62,12 @@ class PageServiceHandler:
         """Runs one command. Raises QueryError with the text for the client."""
         words = query.strip().rstrip(";").split()
         command = words[0].lower() if words else ""
-        if command == "failpoints":
-            raise QueryError(f"{command} is not supported yet in this version", sqlstate="0A000")
         run = self._commands.get(command)
-        if run is None:
+        if run is None and command != "failpoints":
             raise QueryError("unknown command", sqlstate="42601")
         authorize(conn, PERMISSIONS.get(command, Permission.MANAGEMENT), words)
+        if run is None:
+            raise QueryError(f"{command} is not supported yet in this version", sqlstate="0A000")
         try:
             # callmemaybe carries a connection string that has blanks of its own.
             run(conn, query.strip().split(maxsplit=3) if command == "callmemaybe" else words)
