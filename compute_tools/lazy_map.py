@@ -22,6 +22,7 @@ from compute_tools._sparse_files import (
     fork_table,
     write_blocks,
 )
+from compute_tools.auth import AUTH_TOKEN_VARIABLE
 from zenith_utils.crc32c import crc32c
 from zenith_utils.ids import TenantId, TimelineId
 from zenith_utils.lsn import Lsn
@@ -144,6 +145,9 @@ def lazyfiles_environment(
 ) -> dict[str, str]:
     """Environment variables that make a Postgres server use the map file.
 
+    The library takes `auth_token` out of the environment at once, so that programs which the
+    server runs do not get it.
+
     `module` is the built lazyfiles library, `pageserver` the (host, port) of the page service,
     `extension_dir` holds the built zenith library and the files of its extension.
     """
@@ -156,7 +160,7 @@ def lazyfiles_environment(
         "ZENITH_LAZYFILES_TIMELINE": str(timeline_id),
     }
     if auth_token is not None:
-        environment["ZENITH_AUTH_TOKEN"] = auth_token
+        environment[AUTH_TOKEN_VARIABLE] = auth_token
     if extension_dir is not None:
         environment["ZENITH_LAZYFILES_EXTENSION"] = str(extension_dir.absolute())
     return environment

@@ -72,13 +72,16 @@ DEFAULT_CONFIG_FILE = f"""\
 #initial_superuser_name = '{DEFAULT_SUPERUSER}'
 #initdb_options = []  # e.g. ['--data-checksums']
 
+# 'ZenithJWT': every client needs a token that was signed with the private key of this public one.
 #auth_type = 'Trust'
+#auth_validation_public_key_path = 'auth_public_key.pem'
 
 # [remote_storage]
 
 """
 
 _AUTH_TYPES = ("Trust", "MD5", "ZenithJWT")
+_PUBLIC_KEY_FILE = "auth_public_key.pem"
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +129,7 @@ class PageServerConf:
     pg_distrib_dir: Path | None
     auth_type: str
     auth_validation_public_key_path: Path | None
+    """Where the public keys are that tokens are checked with; set with ``ZenithJWT``."""
     remote_storage: RemoteStorageConf | None
 
     @property
@@ -197,7 +201,6 @@ def _parse(document: Mapping[str, Any], workdir: Path) -> PageServerConf:
     node_id = table.integer("id", -1)
     distrib_dir = table.string("pg_distrib_dir")
     auth_type = table.choice("auth_type", "Trust", _AUTH_TYPES)
-    key_path = table.string("auth_validation_public_key_path")
     conf = PageServerConf(
         id=node_id,
         workdir=workdir,
@@ -220,13 +223,28 @@ def _parse(document: Mapping[str, Any], workdir: Path) -> PageServerConf:
         layer_index_memory_limit=table.integer("layer_index_memory_limit", 256 << 20),
         pg_distrib_dir=workdir / distrib_dir if distrib_dir else None,
         auth_type=auth_type,
-        auth_validation_public_key_path=workdir / key_path if key_path else None,
+        auth_validation_public_key_path=_public_key_path(table, auth_type, workdir),
         remote_storage=_remote_storage(table.table("remote_storage"), workdir),
     )
     table.refuse_unknown()
     if node_id < 0:
         raise ConfigError("missing id")
     return conf
+
+
+def _public_key_path(table: ConfigTable, auth_type: str, workdir: Path) -> Path | None:
+    name = table.string("auth_validation_public_key_path")
+    if auth_type == "MD5":
+        raise ConfigError(
+            "auth_type 'MD5' is not supported: the pageserver has no users with passwords. Use "
+            "'ZenithJWT', or 'Trust' where the network is trusted"
+        )
+    if auth_type == "Trust":
+        return workdir / name if name else None
+    path = workdir / (name or _PUBLIC_KEY_FILE)
+    if not path.is_file():
+        raise ConfigError(f"Can't find auth_validation_public_key at '{path}'")
+    return path
 
 
 def _address(table: ConfigTable, key: str, default: str) -> str:
@@ -270,9 +288,5 @@ def _remote_storage(table: ConfigTable | None, workdir: Path) -> RemoteStorageCo
 
 def refuse_unsupported(conf: PageServerConf) -> None:
     """Fails closed on settings this version cannot honour. Raises ConfigError."""
-    if conf.auth_type != "Trust":
-        raise ConfigError(
-            f"auth_type '{conf.auth_type}' is not supported yet in this version, use 'Trust'"
-        )
     if conf.remote_storage is not None:
         raise ConfigError("remote_storage is not supported yet in this version, remove it")

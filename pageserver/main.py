@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from pageserver.tenants import TenantManager
     from postgres_ffi.distrib import PgDistrib
+    from zenith_utils.jwt_tokens import TokenVerifier
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +173,10 @@ def _init_tenant(
 
 def _serve(conf: PageServerConf, *, daemon: bool) -> int:
     """Runs the server until it is told to stop; the exit status."""
+    from pageserver.auth import load_verifier
+
     distrib = _find_distrib(conf)
+    verifier = load_verifier(conf)
     # Bound before going into the background: whoever started us may connect when we return, and
     # sees on its terminal why if we cannot listen.
     http_socket = _bind(conf.listen_http_addr)
@@ -187,7 +191,7 @@ def _serve(conf: PageServerConf, *, daemon: bool) -> int:
         pid_file.write()
         init_logging(None, os.environ.get("RUST_LOG"))
     try:
-        return _Server(conf, distrib, pg_socket, http_socket).run()
+        return _Server(conf, distrib, verifier, pg_socket, http_socket).run()
     finally:
         pid_file.close()
 
@@ -203,11 +207,14 @@ class _Server:
         self,
         conf: PageServerConf,
         distrib: PgDistrib,
+        verifier: TokenVerifier | None,
         pg_socket: socket.socket,
         http_socket: socket.socket,
     ) -> None:
+        """`verifier` checks the tokens of clients, None if they need none."""
         self._conf = conf
         self._distrib = distrib
+        self._verifier = verifier
         self._pg_socket = pg_socket
         self._http_socket = http_socket
 
@@ -239,15 +246,20 @@ class _Server:
 
     def _start_services(self, tenants: TenantManager) -> Callable[[], bool]:
         """Opens the doors; returns what closes them and tells whether everything is durable."""
+        from pageserver.auth import page_service_auth
+        from pageserver.http.auth import http_gate
         from pageserver.http.routes import start_http
         from pageserver.page_service import PageServiceHandler
         from zenith_utils.postgres_backend import PostgresServer
 
         pages = PostgresServer(
-            self._pg_socket, lambda: PageServiceHandler(tenants), name="page service"
+            self._pg_socket,
+            lambda: PageServiceHandler(tenants),
+            name="page service",
+            auth=page_service_auth(self._verifier),
         )
         tenants.metrics.count_page_connections = lambda: pages.connections
-        http = start_http(self._http_socket, tenants)
+        http = start_http(self._http_socket, tenants, http_gate(self._verifier))
         pages.start()
 
         def stop() -> bool:

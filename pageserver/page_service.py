@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 
+from pageserver.auth import Permission, authorize
 from pageserver.basebackup import send_basebackup
 from pageserver.pagestream import PageStream
 from pageserver.tenant import TenantError
@@ -19,6 +20,23 @@ log = logging.getLogger(__name__)
 
 # Errors a command may end with by itself; anything else is a defect and logged with its trace.
 _EXPECTED = (TenantError, LsnNotReadableError)
+
+# What a command needs of its client's token; one that is not here is for the management.
+PERMISSIONS = {
+    "set": Permission.ANY,
+    **dict.fromkeys(
+        (
+            "pagestream",
+            "basebackup",
+            "callmemaybe",
+            "checkpoint",
+            "compact",
+            "do_gc",
+            "wal_position",
+        ),
+        Permission.TENANT,
+    ),
+}
 
 
 class PageServiceHandler:
@@ -44,11 +62,12 @@ class PageServiceHandler:
         """Runs one command. Raises QueryError with the text for the client."""
         words = query.strip().rstrip(";").split()
         command = words[0].lower() if words else ""
-        if command == "failpoints":
-            raise QueryError(f"{command} is not supported yet in this version", sqlstate="0A000")
         run = self._commands.get(command)
-        if run is None:
+        if run is None and command != "failpoints":
             raise QueryError("unknown command", sqlstate="42601")
+        authorize(conn, PERMISSIONS.get(command, Permission.MANAGEMENT), words)
+        if run is None:
+            raise QueryError(f"{command} is not supported yet in this version", sqlstate="0A000")
         try:
             # callmemaybe carries a connection string that has blanks of its own.
             run(conn, query.strip().split(maxsplit=3) if command == "callmemaybe" else words)

@@ -141,7 +141,7 @@ def test_missing_file(tmp_path: Path) -> None:
         config.load_document(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["auth_type='ZenithJWT'", "remote_storage={local_path='x'}"])
+@pytest.mark.parametrize("text", ["remote_storage={local_path='x'}"])
 def test_unsupported_settings_are_refused(text: str) -> None:
     conf = parse(text)
     with pytest.raises(ConfigError, match="not supported yet in this version"):
