@@ -321,7 +321,7 @@ class Supervisor:
                 pageserver=spec.pageserver_pg,
                 tenant_id=spec.tenant_id,
                 timeline_id=spec.timeline_id,
-                extension_dir=modules.zenith.parent,
+                extensions=(modules.zenith, modules.zenith_test_utils),
             ),
         }
 

@@ -239,7 +239,7 @@ lazyfiles_start(void)
 		lazy_die("ZENITH_LAZYFILES_MAP, _PAGESERVER, _TENANT and _TIMELINE must be set together");
 	connection_init(address, tenant, timeline, setting("ZENITH_AUTH_TOKEN"));
 	relpath_init();
-	extension_init(setting("ZENITH_LAZYFILES_EXTENSION"));
+	extension_init(setting("ZENITH_LAZYFILES_EXTENSIONS"));
 	open_map(path);
 	if (pthread_atfork(NULL, NULL, after_fork_in_child) != 0)
 		lazy_die("cannot register a fork handler");
