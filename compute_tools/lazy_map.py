@@ -11,6 +11,7 @@ import mmap
 import os
 import pwd
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Final
@@ -141,7 +142,7 @@ def lazyfiles_environment(
     tenant_id: TenantId,
     timeline_id: TimelineId,
     auth_token: str | None = None,
-    extension_dir: Path | None = None,
+    extensions: Sequence[Path] = (),
 ) -> dict[str, str]:
     """Environment variables that make a Postgres server use the map file.
 
@@ -149,7 +150,7 @@ def lazyfiles_environment(
     server runs do not get it.
 
     `module` is the built lazyfiles library, `pageserver` the (host, port) of the page service,
-    `extension_dir` holds the built zenith library and the files of its extension.
+    `extensions` are the built libraries of extensions, with their other files beside them.
     """
     host, port = pageserver
     environment = {
@@ -161,8 +162,8 @@ def lazyfiles_environment(
     }
     if auth_token is not None:
         environment[AUTH_TOKEN_VARIABLE] = auth_token
-    if extension_dir is not None:
-        environment["ZENITH_LAZYFILES_EXTENSION"] = str(extension_dir.absolute())
+    if extensions:
+        environment["ZENITH_LAZYFILES_EXTENSIONS"] = ":".join(str(e.absolute()) for e in extensions)
     return environment
 
 

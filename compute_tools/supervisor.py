@@ -323,7 +323,7 @@ class Supervisor:
                 tenant_id=spec.tenant_id,
                 timeline_id=spec.timeline_id,
                 auth_token=auth_token(),
-                extension_dir=modules.zenith.parent,
+                extensions=(modules.zenith, modules.zenith_test_utils),
             ),
         }
 

@@ -259,7 +259,7 @@ lazyfiles_start(void)
 	lazy_auth_token = secret_setting("ZENITH_AUTH_TOKEN");
 	connection_init(address, tenant, timeline, lazy_auth_token);
 	relpath_init();
-	extension_init(setting("ZENITH_LAZYFILES_EXTENSION"));
+	extension_init(setting("ZENITH_LAZYFILES_EXTENSIONS"));
 	open_map(path);
 	if (pthread_atfork(NULL, NULL, after_fork_in_child) != 0)
 		lazy_die("cannot register a fork handler");
