@@ -38,6 +38,7 @@ ZENITH_LOGGERS: Final = (
     "postgres_ffi",
     "safekeeper",
     "zenith_cli",
+    "zenith_proxy",
     "zenith_utils",
 )
 
