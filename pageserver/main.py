@@ -19,8 +19,9 @@ from zenith_utils.ids import TenantId, TimelineId
 from zenith_utils.log import init_logging
 from zenith_utils.lsn import Lsn
 from zenith_utils.pid_file import PidFile
+from zenith_utils.quick_start import no_collection
 from zenith_utils.shutdown import IMMEDIATE_EXIT_CODE, Shutdown, ShutdownMode
-from zenith_utils.version import version_text
+from zenith_utils.version import VersionAction, version_text
 
 if TYPE_CHECKING:
     import socket
@@ -60,7 +61,7 @@ def _parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         description="Materializes WAL stream to pages and serves them to the postgres",
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=version_text("pageserver"))
+    parser.add_argument("--version", action=VersionAction)
     parser.add_argument(
         "-D", "--workdir", metavar="DIR", default=".zenith", help="working directory"
     )
@@ -213,13 +214,25 @@ class _Server:
 
     def run(self) -> int:
         """Serves until a signal or a failure asks for the end; the exit status."""
-        from pageserver.tenants import TenantManager
-
         log.info("version: %s", version_text("pageserver"))
         sys.setswitchinterval(SWITCH_INTERVAL)
         shutdown = Shutdown()
         shutdown.install()
         shutdown.guard_threads()
+        with no_collection():
+            stop = self._start()
+        if shutdown.wait() is ShutdownMode.IMMEDIATE:
+            # As after a crash: nothing is flushed, the next start recovers.
+            logging.shutdown()
+            os._exit(IMMEDIATE_EXIT_CODE)
+        clean = stop()
+        log.info("pageserver stopped")
+        return 0 if clean and not shutdown.failed else 1
+
+    def _start(self) -> Callable[[], bool]:
+        """Loads the tenants and opens the doors; returns what closes them, as below."""
+        from pageserver.tenants import TenantManager
+
         tenants = TenantManager(self._conf, self._distrib)
         tenants.load()
         stop = self._start_services(tenants)
@@ -229,13 +242,7 @@ class _Server:
             self._conf.listen_pg_addr,
             self._conf.listen_http_addr,
         )
-        if shutdown.wait() is ShutdownMode.IMMEDIATE:
-            # As after a crash: nothing is flushed, the next start recovers.
-            logging.shutdown()
-            os._exit(IMMEDIATE_EXIT_CODE)
-        clean = stop()
-        log.info("pageserver stopped")
-        return 0 if clean and not shutdown.failed else 1
+        return stop
 
     def _start_services(self, tenants: TenantManager) -> Callable[[], bool]:
         """Opens the doors; returns what closes them and tells whether everything is durable."""
