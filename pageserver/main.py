@@ -246,6 +246,7 @@ class _Server:
 
     def _start_services(self, tenants: TenantManager) -> Callable[[], bool]:
         """Opens the doors; returns what closes them and tells whether everything is durable."""
+        from pageserver.failpoints import release_failpoints
         from pageserver.http.routes import start_http
         from pageserver.page_service import PageServiceHandler
         from zenith_utils.postgres_backend import PostgresServer
@@ -258,6 +259,7 @@ class _Server:
         pages.start()
 
         def stop() -> bool:
+            release_failpoints()
             # HTTP last: its silence is how others see that everything is written.
             pages.stop(STOP_DEADLINE)
             clean = tenants.shutdown()

@@ -121,6 +121,11 @@ class Pageserver:
         if self._process is None:
             return 0
         self._process.send_signal(number)
+        return self.wait()
+
+    def wait(self) -> int:
+        """Waits until the process ends by itself; its exit status."""
+        assert self._process is not None
         status = self._process.wait(DEADLINE)
         self._process = None
         return status
