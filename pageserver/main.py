@@ -124,6 +124,11 @@ def _checked(document: dict[str, Any], workdir: Path) -> PageServerConf:
     return conf
 
 
+def _warn_of_ineffective_settings(conf: PageServerConf) -> None:
+    for warning in config.ineffective_settings(conf):
+        print(f"Warning: {warning}", file=sys.stderr)
+
+
 def _find_distrib(conf: PageServerConf) -> PgDistrib:
     from postgres_ffi.distrib import find_distrib
 
@@ -143,12 +148,15 @@ def _init(
     document = config.merge_overrides({}, overrides, init=True)
     conf = _checked(document, workdir)
     distrib = _find_distrib(conf)
+    _warn_of_ineffective_settings(conf)
     init_logging(workdir / LOG_FILE_NAME, os.environ.get("RUST_LOG"))
     log.info("version: %s", version_text("pageserver"))
     conf.tenants_path.mkdir(exist_ok=True)
     if tenant_id is not None:
         _init_tenant(conf, distrib, tenant_id, timeline_id or TimelineId.generate())
-    write_file_durably(path, config.dump_document(document).encode(), mode=0o644)
+    # Nobody else is to read what remote storage takes to get in.
+    mode = 0o644 if conf.remote_storage is None else 0o600
+    write_file_durably(path, config.dump_document(document).encode(), mode=mode)
     print("pageserver init succeeded")
 
 
@@ -174,6 +182,7 @@ def _init_tenant(
 def _serve(conf: PageServerConf, *, daemon: bool) -> int:
     """Runs the server until it is told to stop; the exit status."""
     distrib = _find_distrib(conf)
+    _warn_of_ineffective_settings(conf)
     # Bound before going into the background: whoever started us may connect when we return, and
     # sees on its terminal why if we cannot listen.
     http_socket = _bind(conf.listen_http_addr)
@@ -215,6 +224,8 @@ class _Server:
     def run(self) -> int:
         """Serves until a signal or a failure asks for the end; the exit status."""
         log.info("version: %s", version_text("pageserver"))
+        for warning in config.ineffective_settings(self._conf):
+            log.warning("%s", warning)
         sys.setswitchinterval(SWITCH_INTERVAL)
         shutdown = Shutdown()
         shutdown.install()

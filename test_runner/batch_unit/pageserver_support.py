@@ -150,6 +150,10 @@ class Pageserver:
             raise HttpError(response.status_code, answer)
         return answer
 
+    def metrics(self) -> str:
+        """The page of ``/metrics``."""
+        return requests.get(f"http://127.0.0.1:{self.http_port}/metrics", timeout=30).text
+
     def create_tenant(self) -> TenantId:
         """A new tenant."""
         return TenantId.parse(self.http("POST", "tenant", {}))
