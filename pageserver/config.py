@@ -8,6 +8,7 @@ defaults, see ``tenant_config.py``: each tenant may have other values, which may
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -76,7 +77,13 @@ DEFAULT_CONFIG_FILE = f"""\
 #auth_type = 'Trust'
 #auth_validation_public_key_path = 'auth_public_key.pem'
 
-# [remote_storage]
+# Where layers would be uploaded to; this version checks the settings and uploads nothing.
+# [remote_storage]  # local_path = '...', or:
+# bucket_name = '...'
+# bucket_region = '...'
+# prefix_in_bucket, endpoint, access_key_id, secret_access_key
+# max_concurrent_sync = 100
+# max_sync_errors = 10
 
 """
 
@@ -97,6 +104,13 @@ class RemoteStorageConf:
     secret_access_key: str | None
     max_concurrent_sync: int
     max_sync_errors: int
+
+    def __str__(self) -> str:
+        """The place, without secrets."""
+        if self.local_path is not None:
+            return f"the directory {self.local_path}"
+        prefix = f" below {self.prefix_in_bucket}/" if self.prefix_in_bucket else ""
+        return f"the bucket {self.bucket_name}{prefix}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +207,9 @@ def parse_config(document: Mapping[str, Any], workdir: Path) -> PageServerConf:
     try:
         return _parse(document, workdir)
     except ConfigError as error:
-        raise ConfigError("Failed to parse pageserver configuration") from error
+        invalid = ConfigError("invalid config")
+        invalid.__cause__ = error
+        raise ConfigError("Failed to parse pageserver configuration") from invalid
 
 
 def _parse(document: Mapping[str, Any], workdir: Path) -> PageServerConf:
@@ -276,7 +292,7 @@ def _remote_storage(table: ConfigTable | None, workdir: Path) -> RemoteStorageCo
         bucket_name=bucket,
         bucket_region=region,
         prefix_in_bucket=prefix.strip("/") if prefix else None,
-        endpoint=table.string("endpoint"),
+        endpoint=_endpoint(table),
         access_key_id=table.string("access_key_id"),
         secret_access_key=table.string("secret_access_key"),
         max_concurrent_sync=table.integer("max_concurrent_sync", 100, minimum=1),
@@ -286,7 +302,21 @@ def _remote_storage(table: ConfigTable | None, workdir: Path) -> RemoteStorageCo
     return conf
 
 
-def refuse_unsupported(conf: PageServerConf) -> None:
-    """Fails closed on settings this version cannot honour. Raises ConfigError."""
-    if conf.remote_storage is not None:
-        raise ConfigError("remote_storage is not supported yet in this version, remove it")
+def _endpoint(table: ConfigTable) -> str | None:
+    url = table.string("endpoint")
+    if url is not None and not re.fullmatch(r"https?://[^/\s]+\S*", url):
+        raise ConfigError(
+            f"configure option remote_storage.endpoint: '{url}' is not a URL such as"
+            " 'http://127.0.0.1:9000'"
+        )
+    return url
+
+
+def ineffective_settings(conf: PageServerConf) -> list[str]:
+    """Warnings about settings that are right and yet do nothing in this version."""
+    if conf.remote_storage is None:
+        return []
+    return [
+        f"remote_storage is set to {conf.remote_storage}, but this version does not upload"
+        " anything: the layers are on the local disk only"
+    ]
