@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -97,11 +96,9 @@ def test_keys_that_do_not_fit(tmp_path: Path) -> None:
 @pytest.fixture
 def proxy(test_output_dir: str, port_distributor: PortDistributor) -> Iterator[ZenithProxy]:
     """A proxy to a server that is not there."""
-    Path(test_output_dir).mkdir()
     get_port = port_distributor.get_port
     with ZenithProxy(get_port(), get_port(), Path(test_output_dir) / "proxy.log") as running:
         yield running
-    shutil.rmtree(test_output_dir)
 
 
 def test_http_service(proxy: ZenithProxy) -> None:
