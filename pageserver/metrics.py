@@ -82,7 +82,9 @@ class PageserverMetrics(Metrics):
 
     def measured_redo(self, redo: PageRedo) -> PageRedo:
         """``redo`` with its calls measured."""
-        return _MeasuredRedo(redo, self._wal_redo_time.observe, self._wal_records_replayed.inc)
+        return _MeasuredRedo(
+            redo, self._wal_redo_time.labels().observe, self._wal_records_replayed.inc
+        )
 
     def watch_store(
         self, resources: StoreResources, timelines: Callable[[], Iterable[TimelineHandle]]
