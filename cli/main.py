@@ -26,6 +26,7 @@ _COMMANDS = {
     "safekeeper": "safekeepers",
     "pg": "nodes",
     "storage": "storage",
+    "token": "tokens",
 }
 
 

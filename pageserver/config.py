@@ -73,7 +73,9 @@ DEFAULT_CONFIG_FILE = f"""\
 #initial_superuser_name = '{DEFAULT_SUPERUSER}'
 #initdb_options = []  # e.g. ['--data-checksums']
 
+# 'ZenithJWT': every client needs a token that was signed with the private key of this public one.
 #auth_type = 'Trust'
+#auth_validation_public_key_path = 'auth_public_key.pem'
 
 # Where layers would be uploaded to; this version checks the settings and uploads nothing.
 # [remote_storage]  # local_path = '...', or:
@@ -86,6 +88,7 @@ DEFAULT_CONFIG_FILE = f"""\
 """
 
 _AUTH_TYPES = ("Trust", "MD5", "ZenithJWT")
+_PUBLIC_KEY_FILE = "auth_public_key.pem"
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +143,7 @@ class PageServerConf:
     pg_distrib_dir: Path | None
     auth_type: str
     auth_validation_public_key_path: Path | None
+    """Where the public keys are that tokens are checked with; set with ``ZenithJWT``."""
     remote_storage: RemoteStorageConf | None
 
     @property
@@ -213,7 +217,6 @@ def _parse(document: Mapping[str, Any], workdir: Path) -> PageServerConf:
     node_id = table.integer("id", -1)
     distrib_dir = table.string("pg_distrib_dir")
     auth_type = table.choice("auth_type", "Trust", _AUTH_TYPES)
-    key_path = table.string("auth_validation_public_key_path")
     conf = PageServerConf(
         id=node_id,
         workdir=workdir,
@@ -236,13 +239,28 @@ def _parse(document: Mapping[str, Any], workdir: Path) -> PageServerConf:
         layer_index_memory_limit=table.integer("layer_index_memory_limit", 256 << 20),
         pg_distrib_dir=workdir / distrib_dir if distrib_dir else None,
         auth_type=auth_type,
-        auth_validation_public_key_path=workdir / key_path if key_path else None,
+        auth_validation_public_key_path=_public_key_path(table, auth_type, workdir),
         remote_storage=_remote_storage(table.table("remote_storage"), workdir),
     )
     table.refuse_unknown()
     if node_id < 0:
         raise ConfigError("missing id")
     return conf
+
+
+def _public_key_path(table: ConfigTable, auth_type: str, workdir: Path) -> Path | None:
+    name = table.string("auth_validation_public_key_path")
+    if auth_type == "MD5":
+        raise ConfigError(
+            "auth_type 'MD5' is not supported: the pageserver has no users with passwords. Use "
+            "'ZenithJWT', or 'Trust' where the network is trusted"
+        )
+    if auth_type == "Trust":
+        return workdir / name if name else None
+    path = workdir / (name or _PUBLIC_KEY_FILE)
+    if not path.is_file():
+        raise ConfigError(f"Can't find auth_validation_public_key at '{path}'")
+    return path
 
 
 def _address(table: ConfigTable, key: str, default: str) -> str:
@@ -292,14 +310,6 @@ def _endpoint(table: ConfigTable) -> str | None:
             " 'http://127.0.0.1:9000'"
         )
     return url
-
-
-def refuse_unsupported(conf: PageServerConf) -> None:
-    """Fails closed on settings this version cannot honour. Raises ConfigError."""
-    if conf.auth_type != "Trust":
-        raise ConfigError(
-            f"auth_type '{conf.auth_type}' is not supported yet in this version, use 'Trust'"
-        )
 
 
 def ineffective_settings(conf: PageServerConf) -> list[str]:

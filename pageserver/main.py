@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pageserver import config
 from pageserver.config import PageServerConf
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from pageserver.tenants import TenantManager
     from postgres_ffi.distrib import PgDistrib
+    from zenith_utils.jwt_tokens import TokenVerifier
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ def _run(args: argparse.Namespace) -> int:
         _init(workdir, args.overrides, args.create_tenant, args.initial_timeline_id)
         return 0
     document = config.merge_overrides(config.load_document(workdir), args.overrides, init=False)
-    return _serve(_checked(document, workdir), daemon=args.daemonize)
+    return _serve(config.parse_config(document, workdir), daemon=args.daemonize)
 
 
 def _enter_workdir(path: Path) -> Path:
@@ -116,12 +117,6 @@ def _enter_workdir(path: Path) -> Path:
     except OSError as error:
         raise StartError(f"Error opening workdir '{path}'") from error
     return workdir
-
-
-def _checked(document: dict[str, Any], workdir: Path) -> PageServerConf:
-    conf = config.parse_config(document, workdir)
-    config.refuse_unsupported(conf)
-    return conf
 
 
 def _warn_of_ineffective_settings(conf: PageServerConf) -> None:
@@ -146,7 +141,7 @@ def _init(
     if path.exists():
         raise StartError(f"pageserver config '{path}' exists already, cannot init again")
     document = config.merge_overrides({}, overrides, init=True)
-    conf = _checked(document, workdir)
+    conf = config.parse_config(document, workdir)
     distrib = _find_distrib(conf)
     _warn_of_ineffective_settings(conf)
     init_logging(workdir / LOG_FILE_NAME, os.environ.get("RUST_LOG"))
@@ -181,7 +176,10 @@ def _init_tenant(
 
 def _serve(conf: PageServerConf, *, daemon: bool) -> int:
     """Runs the server until it is told to stop; the exit status."""
+    from pageserver.auth import load_verifier
+
     distrib = _find_distrib(conf)
+    verifier = load_verifier(conf)
     _warn_of_ineffective_settings(conf)
     # Bound before going into the background: whoever started us may connect when we return, and
     # sees on its terminal why if we cannot listen.
@@ -197,7 +195,7 @@ def _serve(conf: PageServerConf, *, daemon: bool) -> int:
         pid_file.write()
         init_logging(None, os.environ.get("RUST_LOG"))
     try:
-        return _Server(conf, distrib, pg_socket, http_socket).run()
+        return _Server(conf, distrib, verifier, pg_socket, http_socket).run()
     finally:
         pid_file.close()
 
@@ -213,11 +211,14 @@ class _Server:
         self,
         conf: PageServerConf,
         distrib: PgDistrib,
+        verifier: TokenVerifier | None,
         pg_socket: socket.socket,
         http_socket: socket.socket,
     ) -> None:
+        """`verifier` checks the tokens of clients, None if they need none."""
         self._conf = conf
         self._distrib = distrib
+        self._verifier = verifier
         self._pg_socket = pg_socket
         self._http_socket = http_socket
 
@@ -257,16 +258,21 @@ class _Server:
 
     def _start_services(self, tenants: TenantManager) -> Callable[[], bool]:
         """Opens the doors; returns what closes them and tells whether everything is durable."""
+        from pageserver.auth import page_service_auth
         from pageserver.failpoints import release_failpoints
+        from pageserver.http.auth import http_gate
         from pageserver.http.routes import start_http
         from pageserver.page_service import PageServiceHandler
         from zenith_utils.postgres_backend import PostgresServer
 
         pages = PostgresServer(
-            self._pg_socket, lambda: PageServiceHandler(tenants), name="page service"
+            self._pg_socket,
+            lambda: PageServiceHandler(tenants),
+            name="page service",
+            auth=page_service_auth(self._verifier),
         )
         tenants.metrics.count_page_connections = lambda: pages.connections
-        http = start_http(self._http_socket, tenants)
+        http = start_http(self._http_socket, tenants, http_gate(self._verifier))
         pages.start()
 
         def stop() -> bool:

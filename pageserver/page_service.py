@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 
+from pageserver.auth import Permission, authorize
 from pageserver.basebackup import send_basebackup
 from pageserver.failpoints import set_failpoints
 from pageserver.pagestream import PageStream
@@ -24,6 +25,24 @@ _EXPECTED = (TenantError, LsnNotReadableError, FailpointError)
 
 # Commands whose last word is a text with blanks of its own, and how many blanks come before it.
 _LAST_WORD = {"callmemaybe": 3, "failpoints": 1}
+
+# What a command needs of its client's token; one that is not here is for the management.
+PERMISSIONS = {
+    "set": Permission.ANY,
+    "failpoints": Permission.MANAGEMENT,
+    **dict.fromkeys(
+        (
+            "pagestream",
+            "basebackup",
+            "callmemaybe",
+            "checkpoint",
+            "compact",
+            "do_gc",
+            "wal_position",
+        ),
+        Permission.TENANT,
+    ),
+}
 
 
 class PageServiceHandler:
@@ -53,6 +72,7 @@ class PageServiceHandler:
         run = self._commands.get(command)
         if run is None:
             raise QueryError("unknown command", sqlstate="42601")
+        authorize(conn, PERMISSIONS[command], words)
         try:
             blanks = _LAST_WORD.get(command)
             run(conn, words if blanks is None else query.strip().split(maxsplit=blanks))

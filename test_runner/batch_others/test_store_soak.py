@@ -133,7 +133,7 @@ def disturb(env: ZenithEnv, pg: Postgres, number: int) -> None:
 
 def verify_files(env: ZenithEnv) -> None:
     """The verifier has no complaint about the files of the pageserver, which is stopped."""
-    command = [str(env.paths.zenith_bin / "python"), "-m"]
+    command = [str(env.paths.python), "-m"]
     command += ["pageserver.layered_repository.verify_repository", str(env.repo_dir)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

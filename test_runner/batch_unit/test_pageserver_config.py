@@ -174,14 +174,6 @@ def test_remote_storage_is_accepted_with_a_warning() -> None:
     )
 
 
-@pytest.mark.parametrize("text", ["auth_type='ZenithJWT'"])
-def test_unsupported_settings_are_refused(text: str) -> None:
-    conf = parse(text)
-    with pytest.raises(ConfigError, match="not supported yet in this version"):
-        config.refuse_unsupported(conf)
-    config.refuse_unsupported(parse())
-
-
 def test_relative_paths_are_below_the_workdir() -> None:
     conf = parse("auth_validation_public_key_path='auth_public_key.pem'\npg_distrib_dir='pg'")
     assert conf.auth_validation_public_key_path == WORKDIR / "auth_public_key.pem"
