@@ -179,7 +179,7 @@ def test_wal_reaches_the_pageserver_without_a_compute(
     zenith_env_builder: ZenithEnvBuilder,
 ) -> None:
     """Safekeepers log in with the token of the compute that is gone, also after their restart."""
-    env = started(zenith_env_builder, 3)
+    env = started(zenith_env_builder, 2)
     timeline = main_timeline(env)
     pg = env.postgres.create_start("main")
     add_rows(pg, 1000)
@@ -190,7 +190,7 @@ def test_wal_reaches_the_pageserver_without_a_compute(
     for safekeeper in env.safekeepers:
         safekeeper.stop().start()
     deliveries = list((env.repo_dir / "safekeepers").rglob("safekeeper.delivery"))
-    assert len(deliveries) == 3
+    assert len(deliveries) == 2
     assert {stat.S_IMODE(path.stat().st_mode) for path in deliveries} == {0o600}
     env.pageserver.start()
     wait_until(lambda: disk_consistent_lsn(env, timeline) >= lsn, what="the WAL to be durable")
@@ -335,7 +335,7 @@ def test_own_private_key(zenith_env_builder: ZenithEnvBuilder, test_output_dir: 
 
 def test_keys_are_changed(zenith_env_builder: ZenithEnvBuilder) -> None:
     """With both public keys in the file for a while, nobody who has a token is turned away."""
-    env = started(zenith_env_builder, 3)
+    env = started(zenith_env_builder, 1)
     old = tokens_of(env)
     timeline = main_timeline(env)
     pg = env.postgres.create_start("main")
