@@ -163,6 +163,10 @@ def start(ctx: CliContext, overrides: tuple[str, ...]) -> None:
     """Start the pageserver and every safekeeper that does not run yet.
 
     Compute nodes are started one by one: see `zenith pg start`.
+
+    \b
+    zenith start
+    zenith start --pageserver-config-override "wait_lsn_timeout='5 s'"
     """
     start_environment(ctx.env, overrides)
 
@@ -215,6 +219,10 @@ def stop(ctx: CliContext, mode: str) -> None:
     """Stop all computes, the pageserver and the safekeepers.
 
     What cannot be stopped is reported, and the rest is stopped all the same.
+
+    \b
+    zenith stop
+    zenith stop -m immediate
     """
     stop_environment(ctx.env, immediate=mode == "immediate")
 
@@ -227,7 +235,8 @@ def stop_environment(env: LocalEnv, *, immediate: bool) -> None:
     with _reported("pageserver stop failed"), progress("stopping the pageserver"):
         daemons.pageserver(env).stop(say, immediate=immediate)
     for conf in env.safekeepers:
-        with _reported(f"safekeeper {conf.id} stop failed"):
+        what = f"safekeeper {conf.id}"
+        with _reported(f"{what} stop failed"), progress(f"stopping {what}"):
             daemons.safekeeper(env, conf.id).stop(say, immediate=immediate)
 
 
@@ -236,4 +245,6 @@ def _reported(what: str) -> Iterator[None]:
     try:
         yield
     except ControlPlaneError as e:
-        click.echo(f"{what}: {render_error(e)}", err=True)
+        failed = ControlPlaneError(f"{what}: {e}")
+        failed.__cause__ = e.__cause__
+        click.echo(render_error(failed), err=True)

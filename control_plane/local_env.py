@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from control_plane.errors import ControlPlaneError
+from control_plane.errors import ConfigError, ControlPlaneError
 from zenith_utils.durable import write_file_durably
 from zenith_utils.ids import TenantId, TimelineId
 
@@ -134,8 +134,21 @@ class LocalEnv:
         """Timeline of a branch; raises ControlPlaneError."""
         timeline_id = self.branches.get(name, {}).get(tenant_id)
         if timeline_id is None:
-            raise ControlPlaneError(f"Found no timeline id for branch name '{name}'")
+            raise ControlPlaneError(
+                f"Found no timeline id for branch name '{name}'{self._similar(name, tenant_id)}"
+            )
         return timeline_id
+
+    def _similar(self, name: str, tenant_id: TenantId) -> str:
+        """What may have been meant by the name of a branch that does not exist."""
+        from difflib import get_close_matches
+
+        names = [known for known, timelines in self.branches.items() if tenant_id in timelines]
+        similar = get_close_matches(name, names)
+        if similar:
+            return f". Did you mean {' or '.join(similar)}?"
+        option = "" if tenant_id == self.default_tenant_id else f" --tenant-id {tenant_id}"
+        return f": see 'zenith timeline list{option}'"
 
     def check_branch_is_free(
         self, name: str, tenant_id: TenantId, timeline_id: TimelineId | None = None
@@ -229,16 +242,16 @@ class LocalEnv:
 
     @classmethod
     def load(cls, repo_dir: Path) -> LocalEnv:
-        """Read the environment of a repository; raises ControlPlaneError."""
+        """Read the environment of a repository; raises ConfigError."""
         path = repo_dir / CONFIG_FILE
         if not path.is_file():
-            raise ControlPlaneError("Error loading config") from ControlPlaneError(
+            raise ConfigError("Error loading config") from ControlPlaneError(
                 f"Zenith config is not found in {repo_dir}. You need to run 'zenith init' first"
             )
         try:
             return cls.parse(path.read_text(encoding="utf-8"), repo_dir)
         except (OSError, UnicodeDecodeError, ControlPlaneError) as e:
-            raise ControlPlaneError("Error loading config") from e
+            raise ConfigError("Error loading config") from e
 
     @classmethod
     def parse(cls, text: str, repo_dir: Path) -> LocalEnv:

@@ -132,7 +132,7 @@ def test_without_environment(
     status, _, err = run(capsys, monkeypatch, "start")
     assert status == 1
     assert err.splitlines() == [
-        "command failed: Error loading config",
+        "Error: Error loading config",
         "",
         "Caused by:",
         f"    0: Zenith config is not found in {tmp_path}/.zenith. "
@@ -218,7 +218,7 @@ def test_tree(env: LocalEnv) -> None:
         f"(L+R) ┗━ @0/20: b [{IDS[2]}]",
         f"(L)    ┗━ @Unknown Lsn: d [{IDS[4]}]",
     ]
-    with pytest.raises(ControlPlaneError, match="missing ancestor"):
+    with pytest.raises(ControlPlaneError, match="missing timeline info in the HashMap"):
         draw_tree(env, TENANT, infos[2:])
 
 
