@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from control_plane.local_env import (
     LocalEnv,
     SafekeeperConf,
     repo_dir_from_environment,
+    unknown_keys,
 )
 from zenith_utils.ids import TenantId, TimelineId
 from zenith_utils.reachable import check_reachable
@@ -34,6 +36,7 @@ from .context import (
     stop_mode_option,
 )
 from .progress import progress
+from .tables import warn
 
 
 @click.command()
@@ -107,6 +110,9 @@ def _initial_environment(config: Path | None, repo_dir: Path) -> LocalEnv:
     except UnicodeDecodeError as e:
         raise ControlPlaneError(f"the config {config} is not a text in UTF-8") from e
     env = LocalEnv.parse(text, repo_dir)
+    strange = unknown_keys(tomllib.loads(text))
+    if strange:
+        warn(f"ignored, because they mean nothing: {', '.join(strange)} in {config}")
     # What another environment's safekeepers were says nothing about new ones.
     for conf in env.safekeepers:
         conf.instance = ""
@@ -247,4 +253,4 @@ def _reported(what: str) -> Iterator[None]:
     except ControlPlaneError as e:
         failed = ControlPlaneError(f"{what}: {e}")
         failed.__cause__ = e.__cause__
-        click.echo(render_error(failed), err=True)
+        warn(render_error(failed))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 import click
@@ -73,6 +74,8 @@ def psql(
     arguments += click.get_current_context().meta[_ARGUMENTS]
     sys.stdout.flush()
     sys.stderr.flush()
+    # Python ignores it, and what is ignored stays so in the program that takes its place.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     os.execv(program, [str(program), *arguments])
 
 

@@ -101,7 +101,7 @@ def _show_branches(seen: Overview, several: bool) -> None:
 
 def _show_positions(seen: Overview, several: bool) -> None:
     """A line for each branch with WAL on the safekeepers, a column for each safekeeper."""
-    ids = [d.safekeeper_id for d in seen.daemons if d.safekeeper_id is not None]
+    states = {d.safekeeper_id: d.state for d in seen.daemons if d.safekeeper_id is not None}
     rows = []
     for branch in seen.branches:
         if not branch.safekeepers:
@@ -109,11 +109,13 @@ def _show_positions(seen: Overview, several: bool) -> None:
         cells = []
         for position in branch.safekeepers:
             lag = branch.safekeeper_lag(position)
-            text = _text(position.flush_lsn) if position.flush_lsn is not None else "missing"
+            state = states[position.safekeeper_id]
+            missing = "nothing" if state == "running" else state
+            text = missing if position.flush_lsn is None else str(position.flush_lsn)
             cells.append(f"{text} (-{format_size(lag)})" if lag else text)
         row = (_branch_name(branch), _text(branch.commit_lsn), *cells)
         rows.append(_of_tenant(several, branch.tenant_id, row))
-    columns = ("BRANCH", "COMMITTED", *(f"SAFEKEEPER {i} HAS" for i in ids))
+    columns = ("BRANCH", "COMMITTED", *(f"SAFEKEEPER {i} HAS" for i in states))
     say_table("WAL on the safekeepers", _of_tenant(several, "TENANT", columns), rows)
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import stat
 import tomllib
 from collections.abc import Iterator
-from dataclasses import fields
-from typing import Any
 
 from compute_tools import state
 from control_plane import daemons, membership
@@ -15,17 +13,9 @@ from control_plane.checks import Finding, fail, ok, warn
 from control_plane.compute import ComputeControlPlane
 from control_plane.daemons import Daemon
 from control_plane.errors import ControlPlaneError
-from control_plane.local_env import LocalEnv, PageserverConf, SafekeeperConf
+from control_plane.local_env import LocalEnv, PageserverConf, SafekeeperConf, unknown_keys
 from zenith_utils.ids import IdParseError, TenantId
 from zenith_utils.pid_file import is_alive, read_pid_file
-
-_TOP_LEVEL = frozenset(
-    (
-        *("default_tenant_id", "pg_distrib_dir", "zenith_distrib_dir", "private_key_path"),
-        *("pageserver", "safekeepers", "safekeeper_generation", "branch_name_mappings"),
-        "earlier_safekeeper_generations",
-    )
-)
 
 
 def environment_checks(env: LocalEnv) -> Iterator[Finding]:
@@ -56,19 +46,6 @@ def default_port_checks() -> Iterator[Finding]:
         )
     else:
         yield ok("ports", f"{', '.join(map(str, ports))} are free")
-
-
-def unknown_keys(document: dict[str, Any]) -> list[str]:
-    """Keys of a configuration that mean nothing, as `table.key`."""
-    unknown = sorted(document.keys() - _TOP_LEVEL)
-    tables: list[tuple[str, Any, type]] = [
-        ("pageserver", document.get("pageserver", {}), PageserverConf)
-    ]
-    tables += [("safekeepers", table, SafekeeperConf) for table in document.get("safekeepers", [])]
-    for name, table, kind in tables:
-        known = {f.name for f in fields(kind)}
-        unknown += [f"{name}.{key}" for key in sorted(table.keys() - known)]
-    return list(dict.fromkeys(unknown))
 
 
 def _config(env: LocalEnv) -> Iterator[Finding]:

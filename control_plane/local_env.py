@@ -22,6 +22,13 @@ DEFAULT_BRANCH = "main"
 DEFAULT_REPO_DIR = ".zenith"
 CONFIG_FILE = "config"
 
+_TOP_LEVEL = frozenset(
+    (
+        *("default_tenant_id", "pg_distrib_dir", "zenith_distrib_dir", "private_key_path"),
+        *("pageserver", "safekeepers", "safekeeper_generation", "branch_name_mappings"),
+        "earlier_safekeeper_generations",
+    )
+)
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _HEADER = """\
 # This file describes a local environment of Zenith.
@@ -126,7 +133,8 @@ class LocalEnv:
         for conf in self.safekeepers:
             if conf.id == node_id:
                 return conf
-        raise ControlPlaneError(f"could not find safekeeper '{node_id}'")
+        known = ", ".join(str(conf.id) for conf in self.safekeepers) or "none"
+        raise ControlPlaneError(f"could not find safekeeper '{node_id}': the config has {known}")
 
     # Branch names
 
@@ -323,6 +331,19 @@ def _quoted(value: object) -> str:
 def _escaped(text: str) -> str:
     """A basic TOML string; its escapes are a superset of JSON's."""
     return json.dumps(text, ensure_ascii=False)
+
+
+def unknown_keys(document: dict[str, Any]) -> list[str]:
+    """Keys of a configuration that mean nothing, as `table.key`."""
+    unknown = sorted(document.keys() - _TOP_LEVEL)
+    tables: list[tuple[str, Any, type]] = [
+        ("pageserver", document.get("pageserver", {}), PageserverConf)
+    ]
+    tables += [("safekeepers", table, SafekeeperConf) for table in document.get("safekeepers", [])]
+    for name, table, kind in tables:
+        known = {f.name for f in fields(kind)}
+        unknown += [f"{name}.{key}" for key in sorted(table.keys() - known)]
+    return list(dict.fromkeys(unknown))
 
 
 def repo_dir_from_environment() -> Path:
