@@ -110,7 +110,14 @@ def storage_verify(ctx: CliContext, path: Path | None, online: bool, names_only:
     metavar="FILE",
     help="Draw the layers named in a text file instead, each with its size if that is known.",
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="FILE.svg")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="FILE.svg",
+    help="Where the picture goes.",
+)
 @pass_context
 def storage_draw(
     ctx: CliContext,

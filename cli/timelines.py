@@ -141,8 +141,8 @@ def _document(env: LocalEnv, tenant_id: TenantId, info: dict[str, Any]) -> dict[
         "last_record_lsn": local.get("last_record_lsn"),
         "disk_consistent_lsn": local.get("disk_consistent_lsn"),
         "logical_size": local.get("current_logical_size"),
-        "local": info["local"] is not None,
-        "remote": info["remote"] is not None,
+        "local": bool(info["local"]),
+        "remote": bool(info["remote"]),
     }
 
 
@@ -173,8 +173,8 @@ def draw_tree(env: LocalEnv, tenant_id: TenantId, infos: list[dict[str, Any]]) -
     while todo:
         timeline_id, levels = todo.pop()
         info = by_id[timeline_id]
-        places = [place for place, key in _PLACES if info[key]]
-        prefix = f"({'+'.join(places)}) "
+        places = "+".join(place for place, key in _PLACES if info[key])
+        prefix = f"({places or 'L'}) "
         if not levels:
             lines.append(prefix + label(timeline_id))
         else:
