@@ -43,7 +43,7 @@ from zenith_utils.daemonize import (
 )
 from zenith_utils.duration import DurationError, parse_duration
 from zenith_utils.errors import render_error
-from zenith_utils.http_server import HttpServer, metrics_route
+from zenith_utils.http_server import HttpServer
 from zenith_utils.log import init_logging
 from zenith_utils.pid_file import PidFileError
 from zenith_utils.postgres_backend import PostgresServer
@@ -217,13 +217,13 @@ def _run(args: argparse.Namespace) -> int:
     )
     streams = metrics.watch_delivery(callmemaybe)
     service = WalService(timelines, callmemaybe, streams)
-    routes = [*HttpApi(me, timelines).routes(), metrics_route(metrics.metrics)]
+    routes = HttpApi(me, timelines).routes(metrics.metrics)
     # Before a compute can connect, whose word about its pageserver is newer.
     for timeline_id, connstr in timelines.undelivered():
         callmemaybe.subscribe(timeline_id, connstr)
     callmemaybe.start()
     PostgresServer(pg_socket, service.handler_factory(), name="wal-service").start()
-    HttpServer(http_socket, routes).start()
+    HttpServer(http_socket, routes, metrics=metrics.metrics).start()
     threading.Thread(target=_save_progress, args=(timelines,), name="progress", daemon=True).start()
     _start_retention(args, timelines, remote, metrics)
     logger.info(

@@ -103,9 +103,25 @@ def test_http_conflicts_and_unknown_timelines(root: Root) -> None:
     with pytest.raises(HttpError, match="not found neither locally nor remotely") as caught:
         server.http("GET", f"tenant/{root.tenant}/timeline/{NOBODY}")
     assert caught.value.status == 404
-    for action in ("attach", "detach"):
-        with pytest.raises(HttpError, match="not supported yet"):
-            server.http("POST", f"tenant/{root.tenant}/timeline/{root.timeline}/{action}")
+
+
+@pytest.mark.parametrize(
+    ("action", "known", "status", "message"),
+    [
+        ("attach", True, 500, "Timeline is already present locally"),
+        ("attach", False, 400, "Bad request: Unknown remote timeline"),
+        ("detach", False, 500, "cannot detach timeline that is not available locally"),
+        ("detach", True, 409, "has no copy in remote storage: detaching would destroy it"),
+    ],
+)
+def test_attach_and_detach_without_remote_storage(
+    root: Root, action: str, known: bool, status: int, message: str
+) -> None:
+    timeline = root.timeline if known else NOBODY
+    with pytest.raises(HttpError, match=message) as caught:
+        root.server.http("POST", f"tenant/{root.tenant}/timeline/{timeline}/{action}")
+    assert caught.value.status == status
+    assert root.server.local(root.tenant, root.timeline)
 
 
 def test_metrics_lines(root: Root) -> None:

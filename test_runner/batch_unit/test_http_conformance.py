@@ -1,0 +1,297 @@
+"""The daemons answer what their OpenAPI documents say, whatever they are asked."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+from unittest.mock import Mock
+from zlib import crc32
+
+import pytest
+import requests
+import schemathesis
+import yaml
+from batch_unit.pageserver_support import Root, running
+from batch_unit.walproposer_support import Safekeeper
+from batch_unit.workspace import temporary_workspace
+from hypothesis import HealthCheck, settings
+from schemathesis.checks import CheckFunction
+from schemathesis.core import NOT_SET
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from pageserver.http import openapi as pageserver_openapi
+from pageserver.http.routes import routes as pageserver_routes
+from pageserver.tenants import TenantManager
+from safekeeper import openapi as safekeeper_openapi
+from safekeeper.http_api import HttpApi
+from safekeeper.identity import Identity
+from safekeeper.timelines import Timelines
+from zenith_utils.metrics import Metrics
+from zenith_utils.openapi import build
+
+pytestmark = pytest.mark.timeout(300)
+
+# Answers of 500 that are part of the interface; any other is a defect.
+PAGESERVER_500 = re.compile(
+    r"Failed to get repo for tenant [0-9a-f]{32}"
+    r"|Tenant [0-9a-f]{32} not found"
+    r"|tenant [0-9a-f]{32} directory already exists"
+    r"|Cannot branch off the timeline that's not present locally"
+    r"|invalid branch start lsn"
+    r"|invalid start lsn \S+ for ancestor timeline [0-9a-f]{32}: less than .*"
+    r"|Timed out while waiting for WAL record at LSN .*"
+    r"|Timeline is already present locally"
+    r"|cannot detach timeline that is not available locally"
+)
+SAFEKEEPER_500 = re.compile(
+    r"timeline [0-9a-f]{32}-[0-9a-f]{32} (already exists|is not on this safekeeper)"
+)
+EXAMPLES = settings(
+    max_examples=10,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+MANY_EXAMPLES = settings(EXAMPLES, max_examples=300)
+
+Case = schemathesis.Case[Any]
+
+
+def no_defect(known: re.Pattern[str]) -> CheckFunction:
+    """A server error is one of those that are told to clients."""
+
+    def check(ctx: object, response: Any, case: Case) -> None:
+        del ctx, case
+        if response.status_code >= 500:
+            assert response.status_code == 500
+            assert known.fullmatch(response.json()["msg"]), response.json()
+
+    return check
+
+
+def errors_have_messages(ctx: object, response: Any, case: Case) -> None:
+    """Save for conflicts that say all by their status."""
+    del ctx, case
+    if response.status_code >= 400:
+        answer = response.json()
+        assert isinstance(answer["msg"] if answer or response.status_code != 409 else "", str)
+
+
+CHECKS: list[CheckFunction] = [
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+    response_headers_conformance,
+    errors_have_messages,
+]
+
+
+def strict(document: dict[str, Any]) -> dict[str, Any]:
+    """The document where answers may have no fields but those described."""
+    document = copy.deepcopy(document)
+    schemas = document["components"]["schemas"]
+    asked = {
+        media["schema"]["$ref"].rpartition("/")[2]
+        for methods in document["paths"].values()
+        for operation in methods.values()
+        for media in operation.get("requestBody", {"content": {}})["content"].values()
+    }
+    for name, schema in schemas.items():
+        if name not in asked and "properties" in schema:
+            schema["additionalProperties"] = False
+    return document
+
+
+def pageserver_document() -> dict[str, Any]:
+    """What a pageserver serves as its description."""
+    return build(pageserver_openapi.description(), pageserver_routes(cast(TenantManager, Mock())))
+
+
+def safekeeper_document() -> dict[str, Any]:
+    """What a safekeeper serves as its description."""
+    api = HttpApi(cast(Identity, Mock()), cast(Timelines, Mock()))
+    return build(safekeeper_openapi.description(), api.routes(Metrics("safekeeper")))
+
+
+PAGESERVER_API = schemathesis.openapi.from_dict(strict(pageserver_document()))
+SAFEKEEPER_API = schemathesis.openapi.from_dict(strict(safekeeper_document()))
+
+
+def check_case(
+    case: Case, port: int, known_500: re.Pattern[str], session: requests.Session
+) -> None:
+    """Send a request and look at the answer."""
+    response = case.call(base_url=f"http://127.0.0.1:{port}", session=session, timeout=60)
+    case.validate_response(response, checks=[*CHECKS, no_defect(known_500)])
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[requests.Session]:
+    with requests.Session() as session:
+        yield session
+
+
+# ---- the pageserver
+
+
+@dataclass(frozen=True)
+class Pageserver:
+    """A running pageserver with a timeline to look at, and a tenant to do things to."""
+
+    root: Root
+    victim: str
+
+    def aim(self, case: Case) -> None:
+        """Have most well-formed requests hit something, and few of them leave something behind."""
+        parameters = case.path_parameters
+        if is_id(parameters.get("tenant_id")):
+            parameters["tenant_id"] = pick(case, str(self.root.tenant), parameters["tenant_id"])
+        if is_id(parameters.get("lease_id")):
+            parameters["lease_id"] = str(parameters["lease_id"]).lower()
+        if is_id(parameters.get("timeline_id")):
+            parameters["timeline_id"] = str(self.root.timeline)
+        body = case.body
+        operation = case.operation.definition.raw["operationId"]
+        if operation == "createTimeline":
+            if body is NOT_SET:
+                case.body = {"new_timeline_id": str(self.root.timeline)}
+            elif isinstance(body, dict):
+                self._aim_timeline(case, body)
+        elif operation == "createTenant":
+            if body is NOT_SET:
+                case.body = {"new_tenant_id": self.victim}
+            elif isinstance(body, dict) and is_id(body.get("new_tenant_id"), or_none=True):
+                body["new_tenant_id"] = pick(case, self.victim, "5" * 32)
+        elif isinstance(body, dict) and is_id(body.get("tenant_id")):
+            body["tenant_id"] = pick(case, self.victim, body["tenant_id"])
+        elif isinstance(body, dict) and isinstance(body.get("lsn"), str):
+            body["lsn"] = pick(case, str(self.root.lsn), body["lsn"])
+
+    def _aim_timeline(self, case: Case, body: dict[str, Any]) -> None:
+        """A root costs an initdb: its id is taken. A branch is made once."""
+        if body.get("ancestor_timeline_id") is None:
+            if is_id(body.get("new_timeline_id"), or_none=True):
+                body["new_timeline_id"] = str(self.root.timeline)
+            return
+        if is_id(body["ancestor_timeline_id"]):
+            known = str(self.root.timeline)
+            body["ancestor_timeline_id"] = pick(case, known, body["ancestor_timeline_id"])
+        if is_id(body.get("new_timeline_id"), or_none=True):
+            body["new_timeline_id"] = "b" * 32
+
+
+def is_id(value: object, *, or_none: bool = False) -> bool:
+    if value is None:
+        return or_none
+    return isinstance(value, str) and re.fullmatch(r"[0-9A-Fa-f]{32}", value) is not None
+
+
+def pick(case: Case, usual: str, other: Any) -> Any:
+    """One of two, the first three times out of four; always the same for the same request."""
+    text = repr((case.path_parameters, case.query, case.body))
+    return usual if crc32(text.encode("utf-8", "backslashreplace")) % 4 else other
+
+
+@pytest.fixture(scope="module")
+def pageserver() -> Iterator[Pageserver]:
+    with running("wait_lsn_timeout='1 ms'") as root:
+        victim = str(root.server.create_tenant())
+        yield Pageserver(root, victim)
+        assert "Traceback" not in root.server.log()
+
+
+@PAGESERVER_API.parametrize()
+@EXAMPLES
+def test_pageserver(case: Case, pageserver: Pageserver, session: requests.Session) -> None:
+    pageserver.aim(case)
+    check_case(case, pageserver.root.server.http_port, PAGESERVER_500, session)
+
+
+@pytest.mark.slow
+@PAGESERVER_API.parametrize()
+@MANY_EXAMPLES
+def test_pageserver_at_length(
+    case: Case, pageserver: Pageserver, session: requests.Session
+) -> None:
+    pageserver.aim(case)
+    check_case(case, pageserver.root.server.http_port, PAGESERVER_500, session)
+
+
+def assert_served(port: int, document: dict[str, Any]) -> None:
+    url = f"http://127.0.0.1:{port}"
+    text = requests.get(f"{url}/swagger.yml", timeout=10)
+    assert text.headers["Content-Type"] == "text/yaml; charset=utf-8"
+    assert yaml.safe_load(text.text) == json.loads(json.dumps(document))
+    page = requests.get(f"{url}/v1/doc", timeout=10)
+    assert page.headers["Content-Type"] == "text/html; charset=utf-8"
+    assert page.text.startswith("<!DOCTYPE html>")
+
+
+def test_pageserver_serves_its_description(pageserver: Pageserver) -> None:
+    assert_served(pageserver.root.server.http_port, pageserver_document())
+
+
+# ---- the safekeeper
+
+
+def aim_at_safekeeper(case: Case) -> None:
+    """Have most well-formed requests hit something, and few of them leave something behind."""
+    for name in ("tenant_id", "timeline_id"):
+        if is_id(case.path_parameters.get(name)):
+            case.path_parameters[name] = pick(case, TIMELINE, case.path_parameters[name])
+        if isinstance(case.body, dict) and is_byte_array(case.body.get(name)):
+            case.body[name] = list(bytes.fromhex(TIMELINE))
+
+
+TIMELINE = "0c" * 16
+
+
+def is_byte_array(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 16
+        and all(type(item) is int and 0 <= item < 256 for item in value)
+    )
+
+
+@pytest.fixture(scope="module")
+def safekeeper() -> Iterator[Safekeeper]:
+    with temporary_workspace() as directory:
+        server = Safekeeper(directory / "sk", 1)
+        server.start()
+        try:
+            yield server
+            assert "Traceback" not in (server.directory / "out.log").read_text()
+        finally:
+            server.kill()
+
+
+def test_safekeeper_serves_its_description(safekeeper: Safekeeper) -> None:
+    assert_served(safekeeper.http_port, safekeeper_document())
+
+
+@SAFEKEEPER_API.parametrize()
+@EXAMPLES
+def test_safekeeper(case: Case, safekeeper: Safekeeper, session: requests.Session) -> None:
+    aim_at_safekeeper(case)
+    check_case(case, safekeeper.http_port, SAFEKEEPER_500, session)
+
+
+@pytest.mark.slow
+@SAFEKEEPER_API.parametrize()
+@MANY_EXAMPLES
+def test_safekeeper_at_length(
+    case: Case, safekeeper: Safekeeper, session: requests.Session
+) -> None:
+    aim_at_safekeeper(case)
+    check_case(case, safekeeper.http_port, SAFEKEEPER_500, session)
