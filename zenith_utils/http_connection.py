@@ -60,6 +60,11 @@ class HttpConnection(web.RequestHandler):
                 oldest.force_close()
         super().connection_made(transport)
 
+    def log_exception(self, *args: Any, **kw: Any) -> None:
+        """Tell of a failure, but not again of a body that was refused as malformed."""
+        if not isinstance(kw.get("exc_info"), web.RequestPayloadError):
+            super().log_exception(*args, **kw)
+
     def handle_error(
         self,
         request: web.BaseRequest,

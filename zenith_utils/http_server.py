@@ -114,7 +114,7 @@ class Request:
         """The body as a JSON object; an empty body counts as ``{}``. Raises BadRequest."""
         value = self.json() if self.body.strip() else {}
         if not isinstance(value, dict):
-            raise BadRequest("Failed to parse json request: expected an object")
+            raise BadRequest("Failed to parse json request expected an object")
         return value
 
     def tenant_id(self) -> TenantId:
@@ -253,6 +253,7 @@ class HttpServer:
             self._started.set_exception(error)
         else:
             self._loop.run_forever()
+            self._loop.run_until_complete(_finish_tasks())
         finally:
             self._loop.close()
 
@@ -341,6 +342,14 @@ class HttpServer:
                 self._requests.inc("", _UNKNOWN_PATH, str(status))
             else:
                 self._requests.inc(request.method, resource.canonical, str(status))
+
+
+async def _finish_tasks() -> None:
+    """End what connections that were closed have left behind."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _request_counter(metrics: Metrics) -> IntegerMetric:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 from unittest.mock import Mock
@@ -13,20 +13,10 @@ from zlib import crc32
 
 import pytest
 import requests
-import schemathesis
 import yaml
 from batch_unit.pageserver_support import Root, running
 from batch_unit.walproposer_support import Safekeeper
 from batch_unit.workspace import temporary_workspace
-from hypothesis import HealthCheck, settings
-from schemathesis.checks import CheckFunction
-from schemathesis.core import NOT_SET
-from schemathesis.specs.openapi.checks import (
-    content_type_conformance,
-    response_headers_conformance,
-    response_schema_conformance,
-    status_code_conformance,
-)
 
 from pageserver.http import openapi as pageserver_openapi
 from pageserver.http.routes import routes as pageserver_routes
@@ -55,19 +45,14 @@ PAGESERVER_500 = re.compile(
 SAFEKEEPER_500 = re.compile(
     r"timeline [0-9a-f]{32}-[0-9a-f]{32} (already exists|is not on this safekeeper)"
 )
-EXAMPLES = settings(
-    max_examples=10,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
-MANY_EXAMPLES = settings(EXAMPLES, max_examples=300)
+EXAMPLES = 25
+MANY_EXAMPLES = 500
 
-Case = schemathesis.Case[Any]
+Case = Any
+Check = Callable[[object, Any, Case], None]
 
 
-def no_defect(known: re.Pattern[str]) -> CheckFunction:
+def no_defect(known: re.Pattern[str]) -> Check:
     """A server error is one of those that are told to clients."""
 
     def check(ctx: object, response: Any, case: Case) -> None:
@@ -85,15 +70,6 @@ def errors_have_messages(ctx: object, response: Any, case: Case) -> None:
     if response.status_code >= 400:
         answer = response.json()
         assert isinstance(answer["msg"] if answer or response.status_code != 409 else "", str)
-
-
-CHECKS: list[CheckFunction] = [
-    status_code_conformance,
-    content_type_conformance,
-    response_schema_conformance,
-    response_headers_conformance,
-    errors_have_messages,
-]
 
 
 def strict(document: dict[str, Any]) -> dict[str, Any]:
@@ -123,16 +99,68 @@ def safekeeper_document() -> dict[str, Any]:
     return build(safekeeper_openapi.description(), api.routes(Metrics("safekeeper")))
 
 
-PAGESERVER_API = schemathesis.openapi.from_dict(strict(pageserver_document()))
-SAFEKEEPER_API = schemathesis.openapi.from_dict(strict(safekeeper_document()))
+def operations(document: dict[str, Any]) -> list[tuple[str, str]]:
+    """Path and method of everything that can be asked."""
+    return [(path, method) for path, methods in document["paths"].items() for method in methods]
 
 
-def check_case(
-    case: Case, port: int, known_500: re.Pattern[str], session: requests.Session
-) -> None:
-    """Send a request and look at the answer."""
-    response = case.call(base_url=f"http://127.0.0.1:{port}", session=session, timeout=60)
-    case.validate_response(response, checks=[*CHECKS, no_defect(known_500)])
+@dataclass(frozen=True)
+class Exerciser:
+    """Sends many requests of every kind to one server, the same ones each time."""
+
+    port: int
+    schema: Any
+    known_500: re.Pattern[str]
+    session: requests.Session
+    aim: Callable[[Case], None]
+    """Changes a request so that it is worth sending."""
+
+    def exercise(self, path: str, method: str, count: int) -> None:
+        """`count` requests as the description has them, and as many that are wrong somewhere."""
+        # Imported late: collecting the tests must not wait for it.
+        from hypothesis import HealthCheck, given, settings
+        from hypothesis.errors import Unsatisfiable
+        from schemathesis import GenerationMode
+
+        limits = settings(
+            max_examples=count,
+            derandomize=True,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        )
+        operation = self.schema[path][method]
+        for mode in GenerationMode:
+            run = limits(given(case=operation.as_strategy(mode))(self.send))
+            try:
+                run()
+            except Unsatisfiable:
+                assert not operation.definition.raw.get("parameters"), "nothing was sent"
+
+    def send(self, case: Case) -> None:
+        """Send a request and look at the answer."""
+        from schemathesis.specs.openapi import checks
+
+        self.aim(case)
+        url = f"http://127.0.0.1:{self.port}"
+        response = case.call(base_url=url, session=self.session, timeout=60)
+        case.validate_response(
+            response,
+            checks=[
+                checks.status_code_conformance,
+                checks.content_type_conformance,
+                checks.response_schema_conformance,
+                checks.response_headers_conformance,
+                errors_have_messages,
+                no_defect(self.known_500),
+            ],
+        )
+
+
+def parse_schema(document: dict[str, Any]) -> Any:
+    import schemathesis
+
+    return schemathesis.openapi.from_dict(strict(document))
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +181,8 @@ class Pageserver:
 
     def aim(self, case: Case) -> None:
         """Have most well-formed requests hit something, and few of them leave something behind."""
+        from schemathesis.core import NOT_SET
+
         parameters = case.path_parameters
         if is_id(parameters.get("tenant_id")):
             parameters["tenant_id"] = pick(case, str(self.root.tenant), parameters["tenant_id"])
@@ -203,28 +233,23 @@ def pick(case: Case, usual: str, other: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def pageserver() -> Iterator[Pageserver]:
+def pageserver(session: requests.Session) -> Iterator[Exerciser]:
     with running("wait_lsn_timeout='1 ms'") as root:
-        victim = str(root.server.create_tenant())
-        yield Pageserver(root, victim)
+        target = Pageserver(root, str(root.server.create_tenant()))
+        schema = parse_schema(pageserver_document())
+        yield Exerciser(root.server.http_port, schema, PAGESERVER_500, session, target.aim)
         assert "Traceback" not in root.server.log()
 
 
-@PAGESERVER_API.parametrize()
-@EXAMPLES
-def test_pageserver(case: Case, pageserver: Pageserver, session: requests.Session) -> None:
-    pageserver.aim(case)
-    check_case(case, pageserver.root.server.http_port, PAGESERVER_500, session)
+@pytest.mark.parametrize(("path", "method"), operations(pageserver_document()))
+def test_pageserver(pageserver: Exerciser, path: str, method: str) -> None:
+    pageserver.exercise(path, method, EXAMPLES)
 
 
 @pytest.mark.slow
-@PAGESERVER_API.parametrize()
-@MANY_EXAMPLES
-def test_pageserver_at_length(
-    case: Case, pageserver: Pageserver, session: requests.Session
-) -> None:
-    pageserver.aim(case)
-    check_case(case, pageserver.root.server.http_port, PAGESERVER_500, session)
+@pytest.mark.parametrize(("path", "method"), operations(pageserver_document()))
+def test_pageserver_at_length(pageserver: Exerciser, path: str, method: str) -> None:
+    pageserver.exercise(path, method, MANY_EXAMPLES)
 
 
 def assert_served(port: int, document: dict[str, Any]) -> None:
@@ -237,8 +262,8 @@ def assert_served(port: int, document: dict[str, Any]) -> None:
     assert page.text.startswith("<!DOCTYPE html>")
 
 
-def test_pageserver_serves_its_description(pageserver: Pageserver) -> None:
-    assert_served(pageserver.root.server.http_port, pageserver_document())
+def test_pageserver_serves_its_description(pageserver: Exerciser) -> None:
+    assert_served(pageserver.port, pageserver_document())
 
 
 # ---- the safekeeper
@@ -265,33 +290,28 @@ def is_byte_array(value: object) -> bool:
 
 
 @pytest.fixture(scope="module")
-def safekeeper() -> Iterator[Safekeeper]:
+def safekeeper(session: requests.Session) -> Iterator[Exerciser]:
+    schema = parse_schema(safekeeper_document())
     with temporary_workspace() as directory:
         server = Safekeeper(directory / "sk", 1)
         server.start()
         try:
-            yield server
+            yield Exerciser(server.http_port, schema, SAFEKEEPER_500, session, aim_at_safekeeper)
             assert "Traceback" not in (server.directory / "out.log").read_text()
         finally:
             server.kill()
 
 
-def test_safekeeper_serves_its_description(safekeeper: Safekeeper) -> None:
-    assert_served(safekeeper.http_port, safekeeper_document())
+def test_safekeeper_serves_its_description(safekeeper: Exerciser) -> None:
+    assert_served(safekeeper.port, safekeeper_document())
 
 
-@SAFEKEEPER_API.parametrize()
-@EXAMPLES
-def test_safekeeper(case: Case, safekeeper: Safekeeper, session: requests.Session) -> None:
-    aim_at_safekeeper(case)
-    check_case(case, safekeeper.http_port, SAFEKEEPER_500, session)
+@pytest.mark.parametrize(("path", "method"), operations(safekeeper_document()))
+def test_safekeeper(safekeeper: Exerciser, path: str, method: str) -> None:
+    safekeeper.exercise(path, method, EXAMPLES)
 
 
 @pytest.mark.slow
-@SAFEKEEPER_API.parametrize()
-@MANY_EXAMPLES
-def test_safekeeper_at_length(
-    case: Case, safekeeper: Safekeeper, session: requests.Session
-) -> None:
-    aim_at_safekeeper(case)
-    check_case(case, safekeeper.http_port, SAFEKEEPER_500, session)
+@pytest.mark.parametrize(("path", "method"), operations(safekeeper_document()))
+def test_safekeeper_at_length(safekeeper: Exerciser, path: str, method: str) -> None:
+    safekeeper.exercise(path, method, MANY_EXAMPLES)
