@@ -45,8 +45,8 @@ PAGESERVER_500 = re.compile(
 SAFEKEEPER_500 = re.compile(
     r"timeline [0-9a-f]{32}-[0-9a-f]{32} (already exists|is not on this safekeeper)"
 )
-EXAMPLES = 25
-MANY_EXAMPLES = 500
+EXAMPLES = 20
+MANY_EXAMPLES = 300
 
 Case = Any
 Check = Callable[[object, Any, Case], None]
