@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import resource
 import socket
 from typing import Any, Final
 
@@ -19,7 +20,13 @@ logger = logging.getLogger(__name__)
 
 IDLE_TIMEOUT: Final = 75.0
 """Seconds that a connection may be without a request."""
-MAX_CONNECTIONS: Final = 512
+_MAX_CONNECTIONS: Final = 512
+
+
+def default_max_connections() -> int:
+    """How many connections there may be: not more than a quarter of all open files."""
+    open_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return min(_MAX_CONNECTIONS, open_files // 4) if open_files > 0 else _MAX_CONNECTIONS
 
 
 class HttpConnection(web.RequestHandler):

@@ -22,7 +22,7 @@ import uvloop
 from aiohttp import web
 
 from zenith_utils.errors import error_message
-from zenith_utils.http_connection import MAX_CONNECTIONS, BoundedSite
+from zenith_utils.http_connection import BoundedSite, default_max_connections
 from zenith_utils.ids import IdParseError, TenantId, TimelineId
 from zenith_utils.metrics import CONTENT_TYPE as METRICS_CONTENT_TYPE
 from zenith_utils.metrics import IntegerMetric, Metrics
@@ -205,20 +205,21 @@ class HttpServer:
         workers: int = 16,
         shutdown_timeout: float = 10.0,
         body_timeout: float = BODY_TIMEOUT,
-        max_connections: int = MAX_CONNECTIONS,
+        max_connections: int | None = None,
     ) -> None:
         """Take over a bound and listening socket.
 
         `before` runs ahead of every handler and refuses by raising an HttpError. Requests are
         counted in `metrics`. Stopping lets requests that are being answered finish for
-        `shutdown_timeout` seconds.
+        `shutdown_timeout` seconds. A request's body has to arrive within `body_timeout` seconds.
+        `max_connections` defaults to what the process may open, within reason.
         """
         self._sock = sock
         self._routes = routes
         self._before = before
         self._shutdown_timeout = shutdown_timeout
         self._body_timeout = body_timeout
-        self._max_connections = max_connections
+        self._max_connections = max_connections or default_max_connections()
         self._requests = None if metrics is None else _request_counter(metrics)
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix=f"{name}-worker")
         self._quick_pool = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-quick")

@@ -41,7 +41,7 @@ or method with 404 and `page not found`. Ids are 32 hexadecimal digits, without 
 text such as `0/16B9188`.
 
 Where authentication is on, send `Authorization: Bearer <token>`. A token of scope `pageserverapi`
-allows everything, one of scope `tenant` what is below `/v1/tenant/{tenant_id}` for its tenant.
+allows everything, one of scope `tenant` all that is about its tenant.
 """.strip()
 
 _SETTINGS: Final = {
