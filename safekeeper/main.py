@@ -110,7 +110,7 @@ process at once, with status 111: what was acknowledged is on disk.
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="safekeeper",
-        description=__doc__,
+        description="Keeps WAL durable, as one of a quorum.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -169,7 +169,7 @@ def _add_service_options(parser: argparse.ArgumentParser) -> None:
 def _add_retention_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "retention",
-        "Complete WAL segments are removed when all safekeepers have them, the pageserver has "
+        "Complete WAL segments are removed when all safekeepers have them, the pageserver has\n"
         "made them durable, nobody streams them, and they are offloaded if they are to be.",
     )
     group.add_argument(

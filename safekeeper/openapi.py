@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Final
 
-from zenith_utils.http_server import HTML_CONTENT_TYPE, YAML_CONTENT_TYPE
-from zenith_utils.metrics import CONTENT_TYPE as METRICS_CONTENT_TYPE
 from zenith_utils.openapi import (
     ID_PATTERN,
     LSN_PATTERN,
@@ -13,7 +11,9 @@ from zenith_utils.openapi import (
     Json,
     Operations,
     answer,
+    common_operations,
     failure,
+    id_parameter,
     json_body,
     ref,
 )
@@ -46,24 +46,19 @@ def description() -> ApiDescription:
             ("Timelines", "What this safekeeper has of each timeline."),
         ],
         path_parameters={
-            "tenant_id": _path_id("Id of the tenant.", _TENANT),
-            "timeline_id": _path_id("Id of the timeline.", _TIMELINE),
+            "tenant_id": id_parameter("Id of the tenant.", _TENANT),
+            "timeline_id": id_parameter("Id of the timeline.", _TIMELINE),
         },
         operations={**_server(), **_timelines()},
         schemas=_schemas(),
     )
 
 
-def _path_id(text: str, example: str) -> dict[str, Json]:
-    schema = {"type": "string", "pattern": ID_PATTERN}
-    return {"schema": schema, "description": text, "example": example, "checked": True}
-
-
 def _server() -> Operations:
-    tags = ["Server"]
+    metric = f'safekeeper_flush_lsn{{tenant_id="{_TENANT}",timeline_id="{_TIMELINE}"}} 23826824\n'
     return {
         "GET /v1/status": {
-            "tags": tags,
+            "tags": ["Server"],
             "operationId": "status",
             "summary": "Who this safekeeper is, and that it answers",
             "responses": {
@@ -74,36 +69,7 @@ def _server() -> Operations:
                 )
             },
         },
-        "GET /metrics": {
-            "tags": tags,
-            "operationId": "metrics",
-            "summary": "Metrics in the text format of Prometheus",
-            "responses": {
-                "200": answer(
-                    "All metrics.",
-                    {"type": "string"},
-                    f'safekeeper_flush_lsn{{tenant_id="{_TENANT}",timeline_id="{_TIMELINE}"}} '
-                    "23826824\n",
-                    METRICS_CONTENT_TYPE,
-                )
-            },
-        },
-        "GET /swagger.yml": {
-            "tags": tags,
-            "operationId": "openapi",
-            "summary": "This description in OpenAPI 3.1",
-            "responses": {
-                "200": answer("The document.", {}, "openapi: 3.1.0\n", YAML_CONTENT_TYPE)
-            },
-        },
-        "GET /v1/doc": {
-            "tags": tags,
-            "operationId": "documentation",
-            "summary": "This description as a page for people",
-            "responses": {
-                "200": answer("The page.", {"type": "string"}, "<!DOCTYPE html>", HTML_CONTENT_TYPE)
-            },
-        },
+        **common_operations("Server", metric),
     }
 
 

@@ -87,6 +87,10 @@ class PayloadTooLarge(HttpError):
     prefix = "Payload too large: "
 
 
+class _ClientGone(Exception):
+    """The connection ended before the request was there; the cause is aiohttp's word for it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """A request, fully received."""
@@ -301,6 +305,8 @@ class HttpServer:
             raise PayloadTooLarge(f"a request may have {MAX_BODY} bytes at most") from None
         except web.RequestPayloadError as error:
             raise BadRequest(f"malformed body: {error}") from error
+        except ConnectionError as error:
+            raise _ClientGone from error
 
     def _call(self, handler: HttpHandler, request: Request) -> Response:
         if self._before is not None:
@@ -324,9 +330,10 @@ class HttpServer:
             response = _error_response(HTTPStatus.NOT_FOUND, "page not found")
         except web.HTTPException as error:
             response = _error_response(error.status, error.reason)
-        except ConnectionError:
+        except _ClientGone as gone:
             logger.info("%s %s: the client has gone", request.method, path)
-            raise
+            assert gone.__cause__ is not None
+            raise gone.__cause__ from None
         except Exception as error:
             logger.exception("%s %s failed", request.method, path)
             status = HTTPStatus.INTERNAL_SERVER_ERROR

@@ -15,7 +15,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from zenith_utils.http_server import BODY_TIMEOUT, MAX_BODY, Route
+from zenith_utils.http_server import (
+    BODY_TIMEOUT,
+    HTML_CONTENT_TYPE,
+    MAX_BODY,
+    YAML_CONTENT_TYPE,
+    Route,
+)
+from zenith_utils.metrics import CONTENT_TYPE as METRICS_CONTENT_TYPE
 
 Json = Any
 Operations = Mapping[str, Mapping[str, Json]]
@@ -51,9 +58,8 @@ class ApiDescriptionError(Exception):
 class ApiDescription:
     """What is said about an API as a whole.
 
-    `path_parameters` by name: schema, description, example, and whether a malformed one is
-    answered with 400 (``"checked": True``). With `bearer` its operations may need a token, except
-    those with ``"security": []``.
+    `path_parameters` by name: schema, description, example; a malformed one is answered with 400.
+    With `bearer` its operations may need a token, except those with ``"security": []``.
     """
 
     title: str
@@ -98,6 +104,42 @@ def failure(description: str, *messages: str) -> Json:
     return {"description": description, "content": {_JSON: content}}
 
 
+def id_parameter(description: str, example: str, pattern: str = ID_PATTERN) -> Json:
+    """What is said about an id in a path."""
+    schema = {"type": "string", "pattern": pattern}
+    return {"schema": schema, "description": description, "example": example}
+
+
+def common_operations(tag: str, metrics_example: str) -> Operations:
+    """What is said about the metrics, and about the description itself."""
+    text = {"type": "string"}
+    page = answer("The page.", text, "<!DOCTYPE html>", HTML_CONTENT_TYPE)
+    document = answer("The document.", {}, f"openapi: {OPENAPI_VERSION}\n", YAML_CONTENT_TYPE)
+    metrics = answer("All metrics.", text, metrics_example, METRICS_CONTENT_TYPE)
+    return {
+        "GET /metrics": {
+            "tags": [tag],
+            "operationId": "metrics",
+            "summary": "Metrics in the text format of Prometheus",
+            "responses": {"200": metrics},
+        },
+        "GET /swagger.yml": {
+            "tags": [tag],
+            "operationId": "openapi",
+            "summary": "This description in OpenAPI 3.1",
+            "security": [],
+            "responses": {"200": document},
+        },
+        "GET /v1/doc": {
+            "tags": [tag],
+            "operationId": "documentation",
+            "summary": "This description as a page for people",
+            "security": [],
+            "responses": {"200": page},
+        },
+    }
+
+
 def build(api: ApiDescription, routes: Sequence[Route]) -> dict[str, Json]:
     """The document. Raises ApiDescriptionError."""
     served = {f"{route.method} {route.path}": route for route in routes}
@@ -139,7 +181,7 @@ def _operation(api: ApiDescription, route: Route, words: Mapping[str, Json]) -> 
     parameters = [_path_parameter(api, name) for name in names]
     parameters += words.get("parameters", [])
     responses = {**_shared(api, words), **words["responses"]}
-    malformed = [f"failed to parse {n}" for n in names if api.path_parameters[n]["checked"]]
+    malformed = [f"failed to parse {name}" for name in names]
     if "requestBody" in words:
         malformed.append("Failed to parse json request Expecting value: line 1 column 1 (char 0)")
     if malformed:
@@ -156,8 +198,7 @@ def _path_parameter(api: ApiDescription, name: str) -> Json:
         words = api.path_parameters[name]
     except KeyError:
         raise ApiDescriptionError(f"path parameter {name} is not described") from None
-    told = {key: value for key, value in words.items() if key != "checked"}
-    return {"name": name, "in": "path", "required": True, **told}
+    return {"name": name, "in": "path", "required": True, **words}
 
 
 def _shared(api: ApiDescription, words: Mapping[str, Json]) -> dict[str, Json]:

@@ -46,6 +46,7 @@ class Server:
             Route("GET", "/v1/tenant/{tenant_id}", lambda r: str(r.tenant_id())),
             Route("POST", "/v1/tenant", lambda r: json_response(r.json_object(), 201)),
             Route("GET", "/slow", self.slow),
+            Route("GET", "/lost", self.lost),
             metrics_route(metrics),
         ]
         self.http = HttpServer(sock, routes, metrics=metrics, **options)
@@ -56,6 +57,10 @@ class Server:
         self.entered.release()
         assert self.release.wait(30)
         return "done"
+
+    def lost(self, _: Request) -> str:
+        """Loses a connection of its own."""
+        raise ConnectionResetError("another server has gone")
 
     def connect(self, data: bytes = b"") -> socket.socket:
         """A client that has sent no more than this."""
@@ -238,6 +243,12 @@ def test_client_that_leaves_in_the_middle(caplog: pytest.LogCaptureFixture) -> N
         assert requests.get(f"{server.url}/v1/status", timeout=10).json() == {"id": 7}
     assert "POST /v1/tenant: the client has gone" in caplog.messages
     assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_connections_that_a_handler_loses(server: Server) -> None:
+    """They are no reason not to answer."""
+    response = requests.get(f"{server.url}/lost", timeout=10)
+    assert (response.status_code, response.json()) == (500, {"msg": "another server has gone"})
 
 
 @pytest.mark.parametrize("data", [b"", b"GET /v1/status HTTP/1.1\r\nHo", b"GET"])

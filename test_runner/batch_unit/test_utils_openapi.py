@@ -53,9 +53,7 @@ def description(operations: Mapping[str, Any], *, bearer: bool = False) -> ApiDe
         version="1",
         description="What `a < b` means.",
         tags=[("All", "Everything.")],
-        path_parameters={
-            "thing_id": {"schema": {"type": "string"}, "description": "Id.", "checked": True}
-        },
+        path_parameters={"thing_id": {"schema": {"type": "string"}, "description": "Id."}},
         operations=operations,
         schemas={},
         bearer=bearer,
