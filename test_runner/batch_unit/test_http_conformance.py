@@ -296,6 +296,9 @@ def safekeeper(session: requests.Session) -> Iterator[Exerciser]:
         server = Safekeeper(directory / "sk", 1)
         server.start()
         try:
+            url = f"http://127.0.0.1:{server.http_port}/v1/timeline"
+            ids = {name: list(bytes.fromhex(TIMELINE)) for name in ("tenant_id", "timeline_id")}
+            assert requests.post(url, json=ids, timeout=10).status_code == 201
             yield Exerciser(server.http_port, schema, SAFEKEEPER_500, session, aim_at_safekeeper)
             assert "Traceback" not in (server.directory / "out.log").read_text()
         finally:
