@@ -3,5 +3,6 @@
 pytest_plugins = (
     "fixtures.zenith_fixtures",
     "fixtures.benchmark_fixture",
+    "fixtures.proposer_postgres",
     "fixtures.slow",
 )
