@@ -96,7 +96,7 @@ def _parse(arguments: Sequence[str]) -> tuple[Path | None, dict[str, str]]:
         if option in ("-C", "-?"):
             return None, {}
         # Those with a value: getopt() in postmaster.c.
-        if option[1:] in tuple("BbCcDdfhkNprSsTtWv") and option not in ("-s",):
+        if option[1:] in tuple("BcDdfhkNprStW"):
             value = value or (rest.pop(0) if rest else "")
         if option == "-D":
             pgdata = value

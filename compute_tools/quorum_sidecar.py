@@ -89,6 +89,8 @@ class Sidecar:
         self._config = config
         self._pid = pid
         self._pidfd = pidfd
+        self._starting = True
+        """Whether the server has still to be told that it may start."""
         self._wakeup, self._wakeup_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     @classmethod
@@ -134,10 +136,10 @@ class Sidecar:
             finally:
                 keeper.stop()
         except (OSError, ProposerError, PqError, SidecarError) as e:
-            # Once the server may have started nobody reads this any more.
-            with contextlib.suppress(OSError):
-                os.write(report, json.dumps({"failed": str(e)}).encode())
             log.error("%s", e)
+            if self._starting:
+                with contextlib.suppress(BrokenPipeError):
+                    os.write(report, json.dumps({"failed": str(e)}).encode())
         except BaseException:
             log.exception("internal error")
         finally:
@@ -148,6 +150,7 @@ class Sidecar:
         if lsn is not None:
             check_wal(self._spec, lsn)
         os.write(report, b"{}")
+        self._starting = False
         os.close(report)
         try:
             self._wait_ready()

@@ -15,12 +15,12 @@ HEADER = 24  # of a page; two bits for each heap page follow
 
 def bits_on_compute(pg: Postgres, table: str) -> int:
     ((visible, frozen),) = pg.safe_psql(f"SELECT * FROM pg_visibility_map('{table}', 0)")
-    return ALL_VISIBLE * visible | ALL_FROZEN * frozen
+    return (ALL_VISIBLE if visible else 0) | (ALL_FROZEN if frozen else 0)
 
 
 def bits_in_pageserver(pg: Postgres, table: str, lsn: str) -> int:
     ((page,),) = pg.safe_psql(f"SELECT get_raw_page_at_lsn('{table}', 'vm', 0, {lsn})")
-    return int(bytes(page)[HEADER] & 3)
+    return bytes(page)[HEADER] & 3
 
 
 def check_bits(pg: Postgres, table: str, expected: int) -> str:
