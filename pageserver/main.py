@@ -19,14 +19,13 @@ from zenith_utils.ids import TenantId, TimelineId
 from zenith_utils.log import init_logging
 from zenith_utils.lsn import Lsn
 from zenith_utils.pid_file import PidFile
-from zenith_utils.quick_start import no_collection
+from zenith_utils.quick_start import quick_imports
 from zenith_utils.shutdown import IMMEDIATE_EXIT_CODE, Shutdown, ShutdownMode
 from zenith_utils.version import VersionAction, version_text
 
 if TYPE_CHECKING:
     import socket
 
-    from pageserver.tenants import TenantManager
     from postgres_ffi.distrib import PgDistrib
     from zenith_utils.jwt_tokens import TokenVerifier
 
@@ -231,8 +230,7 @@ class _Server:
         shutdown = Shutdown()
         shutdown.install()
         shutdown.guard_threads()
-        with no_collection():
-            stop = self._start()
+        stop = self._start()
         if shutdown.wait() is ShutdownMode.IMMEDIATE:
             # As after a crash: nothing is flushed, the next start recovers.
             logging.shutdown()
@@ -242,29 +240,21 @@ class _Server:
         return 0 if clean and not shutdown.failed else 1
 
     def _start(self) -> Callable[[], bool]:
-        """Loads the tenants and opens the doors; returns what closes them, as below."""
-        from pageserver.tenants import TenantManager
+        """Loads the tenants and opens the doors.
+
+        Returns what closes them and tells whether everything is durable.
+        """
+        with quick_imports():
+            from pageserver.auth import page_service_auth
+            from pageserver.failpoints import release_failpoints
+            from pageserver.http.auth import http_gate
+            from pageserver.http.routes import start_http
+            from pageserver.page_service import PageServiceHandler
+            from pageserver.tenants import TenantManager
+            from zenith_utils.postgres_backend import PostgresServer
 
         tenants = TenantManager(self._conf, self._distrib)
         tenants.load()
-        stop = self._start_services(tenants)
-        log.info(
-            "pageserver %d serves pages on %s, HTTP on %s",
-            self._conf.id,
-            self._conf.listen_pg_addr,
-            self._conf.listen_http_addr,
-        )
-        return stop
-
-    def _start_services(self, tenants: TenantManager) -> Callable[[], bool]:
-        """Opens the doors; returns what closes them and tells whether everything is durable."""
-        from pageserver.auth import page_service_auth
-        from pageserver.failpoints import release_failpoints
-        from pageserver.http.auth import http_gate
-        from pageserver.http.routes import start_http
-        from pageserver.page_service import PageServiceHandler
-        from zenith_utils.postgres_backend import PostgresServer
-
         pages = PostgresServer(
             self._pg_socket,
             lambda: PageServiceHandler(tenants),
@@ -274,6 +264,12 @@ class _Server:
         tenants.metrics.count_page_connections = lambda: pages.connections
         http = start_http(self._http_socket, tenants, http_gate(self._verifier))
         pages.start()
+        log.info(
+            "pageserver %d serves pages on %s, HTTP on %s",
+            self._conf.id,
+            self._conf.listen_pg_addr,
+            self._conf.listen_http_addr,
+        )
 
         def stop() -> bool:
             release_failpoints()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -16,6 +17,7 @@ import pytest
 from zenith_utils import os_user
 from zenith_utils.daemonize import AddressError, BindError, bind_listener, parse_address
 from zenith_utils.pid_file import PidFile, PidFileError, is_alive, read_pid_file, running_pid
+from zenith_utils.quick_start import quick_imports
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -237,3 +239,24 @@ def test_files_are_given_without_following_links(
         assert (path.lstat().st_uid, path.lstat().st_gid) == (user.pw_uid, user.pw_gid), path
     shown = subprocess.run(["id", "-u"], capture_output=True, check=True, **os_user.popen_kwargs())
     assert int(shown.stdout) == user.pw_uid
+
+
+# ---- quick starts ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("certificates", [None, "/etc/some.pem"])
+def test_quick_imports_leave_everything_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, certificates: str | None
+) -> None:
+    """Whatever ends the block: garbage is collected, and the environment is the user's."""
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    if certificates is not None:
+        monkeypatch.setenv("SSL_CERT_FILE", certificates)
+    with pytest.raises(ImportError), quick_imports():
+        assert not gc.isenabled()
+        raise ImportError
+    try:
+        assert gc.isenabled()
+        assert os.environ.get("SSL_CERT_FILE") == certificates
+    finally:
+        gc.unfreeze()
