@@ -37,6 +37,16 @@ PID_FILE_NAME = "pageserver.pid"
 # short and must not queue behind bookkeeping.
 SWITCH_INTERVAL = 0.0005
 STOP_DEADLINE = 10.0
+_EPILOG = """\
+examples:
+  pageserver -D data --init -c "id=1"
+      makes a repository in an existing directory; its pageserver.toml lists all settings
+  pageserver -D data -d -c "listen_pg_addr='127.0.0.1:6400'" -c "gc_period='10 s'"
+      runs it in the background, with other settings than those of the file
+
+The environment variable RUST_LOG filters the log, e.g. RUST_LOG=info,pageserver.walreceiver=debug.
+SIGTERM and SIGINT stop it with everything on disk, SIGQUIT (status 111) as a crash would.
+"""
 
 
 class StartError(Exception):
@@ -58,16 +68,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="pageserver",
-        description="Materializes WAL stream to pages and serves them to the postgres",
+        description="Keeps the pages of Postgres clusters as of any LSN: takes in their WAL and "
+        "serves pages to computes.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action=VersionAction)
     parser.add_argument(
-        "-D", "--workdir", metavar="DIR", default=".zenith", help="working directory"
+        "-D",
+        "--workdir",
+        metavar="DIR",
+        default=".zenith",
+        help="the repository, which must exist (default: .zenith)",
     )
-    parser.add_argument("-d", "--daemonize", action="store_true", help="run in the background")
     parser.add_argument(
-        "--init", action="store_true", help="create the repository and its configuration, and exit"
+        "-d",
+        "--daemonize",
+        action="store_true",
+        help="run in the background: pageserver.log, pageserver.pid",
+    )
+    parser.add_argument(
+        "--init", action="store_true", help="make a repository and its pageserver.toml, and exit"
     )
     parser.add_argument(
         "--create-tenant", metavar="ID", type=TenantId.parse, help="create a tenant during init"
@@ -84,7 +106,7 @@ def _parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         metavar="TOML",
         action="append",
         default=[],
-        help="override of a configuration value, a TOML document; may be repeated",
+        help="configuration that wins over pageserver.toml, a TOML document; may be repeated",
     )
     args = parser.parse_args(argv)
     if args.create_tenant is not None and not args.init:
