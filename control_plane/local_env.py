@@ -97,8 +97,8 @@ class LocalEnv:
     pg_distrib_dir: Path
     zenith_distrib_dir: Path
     default_tenant_id: TenantId | None = None
-    private_key_path: str = ""
-    """Relative to the repository; empty before the keys are made."""
+    private_key_path: str = PRIVATE_KEY_FILE
+    """Relative to the repository."""
     pageserver: PageserverConf = field(default_factory=PageserverConf)
     safekeepers: list[SafekeeperConf] = field(default_factory=list)
     safekeeper_generation: int = 0
@@ -116,7 +116,7 @@ class LocalEnv:
     @property
     def private_key_file(self) -> Path:
         """The key that tokens are signed with."""
-        return self.repo_dir / (self.private_key_path or PRIVATE_KEY_FILE)
+        return self.repo_dir / self.private_key_path
 
     @property
     def public_key_file(self) -> Path:
@@ -212,8 +212,7 @@ class LocalEnv:
         if self.default_tenant_id is not None:
             lines.append(f"default_tenant_id = {_quoted(self.default_tenant_id)}")
         lines.append(f"pg_distrib_dir = {_quoted(self.pg_distrib_dir)}")
-        if self.private_key_path:
-            lines.append(f"private_key_path = {_quoted(self.private_key_path)}")
+        lines.append(f"private_key_path = {_quoted(self.private_key_path)}")
         if self.safekeeper_generation:
             lines.append(f"safekeeper_generation = {self.safekeeper_generation}")
         lines.append(f"zenith_distrib_dir = {_quoted(self.zenith_distrib_dir)}")
@@ -288,7 +287,7 @@ class LocalEnv:
                 document.get("zenith_distrib_dir") or default_zenith_distrib_dir()
             ).absolute(),
             default_tenant_id=None if tenant is None else TenantId.parse(tenant),
-            private_key_path=document.get("private_key_path", ""),
+            private_key_path=document.get("private_key_path", PRIVATE_KEY_FILE),
             pageserver=_known(PageserverConf, document.get("pageserver", {})),
             safekeepers=safekeepers,
             safekeeper_generation=generation,
