@@ -6,18 +6,20 @@ import shutil
 import subprocess
 import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import click
 
-from control_plane import daemons, membership
+from control_plane import auth, daemons, membership
 from control_plane.compute import ComputeControlPlane, stop_supervisor
 from control_plane.environment import daemon_environment
 from control_plane.errors import ControlPlaneError
 from control_plane.local_env import (
     CONFIG_FILE,
     DEFAULT_BRANCH,
+    PUBLIC_KEY_FILE,
     LocalEnv,
     SafekeeperConf,
     repo_dir_from_environment,
@@ -90,7 +92,14 @@ def create_environment(
         for conf in env.safekeepers:
             env.safekeeper_dir(conf.id).mkdir(parents=True)
         (repo_dir / "pgdatadirs" / "tenants").mkdir(parents=True)
-        _init_pageserver(env, timeline_id, overrides)
+        env.pageserver.auth_type = _auth_type(env, overrides)
+        with ThreadPoolExecutor(1) as pool:
+            # While the pageserver is at work, which checks that its key is there if it needs one.
+            keys = pool.submit(auth.make_keys, env)
+            if auth.needs_token(env):
+                keys.result()
+            _init_pageserver(env, timeline_id, overrides)
+            keys.result()
         env.save()
     except BaseException:
         shutil.rmtree(repo_dir, ignore_errors=True)
@@ -132,6 +141,15 @@ def _check_programs(env: LocalEnv) -> None:
             )
 
 
+def _auth_type(env: LocalEnv, overrides: tuple[str, ...]) -> str:
+    """The pageserver's: an override has the last word. Bad ones it will complain about itself."""
+    found: object = env.pageserver.auth_type
+    for text in overrides:
+        with suppress(tomllib.TOMLDecodeError):
+            found = tomllib.loads(text.strip()).get("auth_type", found)
+    return found if isinstance(found, str) else env.pageserver.auth_type
+
+
 def _init_pageserver(env: LocalEnv, timeline_id: TimelineId, overrides: tuple[str, ...]) -> None:
     conf = env.pageserver
     settings = [
@@ -142,6 +160,8 @@ def _init_pageserver(env: LocalEnv, timeline_id: TimelineId, overrides: tuple[st
         f"id={conf.id}",
         *overrides,
     ]
+    if auth.needs_token(env):
+        settings.append(f"auth_validation_public_key_path='{PUBLIC_KEY_FILE}'")
     command = [str(env.zenith_distrib_dir / "pageserver"), "--init", "-D", str(env.repo_dir)]
     for text in settings:
         command += ["-c", text]

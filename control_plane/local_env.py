@@ -21,6 +21,8 @@ from zenith_utils.ids import TenantId, TimelineId
 DEFAULT_BRANCH = "main"
 DEFAULT_REPO_DIR = ".zenith"
 CONFIG_FILE = "config"
+PRIVATE_KEY_FILE = "auth_private_key.pem"
+PUBLIC_KEY_FILE = "auth_public_key.pem"
 
 _TOP_LEVEL = frozenset(
     (
@@ -45,7 +47,8 @@ class PageserverConf:
     listen_pg_addr: str = "127.0.0.1:64000"
     listen_http_addr: str = "127.0.0.1:9898"
     auth_type: str = "Trust"
-    auth_token: str = ""
+    auth_token: str = field(default="", repr=False)
+    """What the command line proves with that it may do everything."""
 
 
 @dataclass(slots=True)
@@ -101,7 +104,8 @@ class LocalEnv:
     pg_distrib_dir: Path
     zenith_distrib_dir: Path
     default_tenant_id: TenantId | None = None
-    private_key_path: str = "auth_private_key.pem"
+    private_key_path: str = PRIVATE_KEY_FILE
+    """Relative to the repository."""
     pageserver: PageserverConf = field(default_factory=PageserverConf)
     safekeepers: list[SafekeeperConf] = field(default_factory=list)
     safekeeper_generation: int = 0
@@ -115,6 +119,16 @@ class LocalEnv:
     def config_path(self) -> Path:
         """The configuration file."""
         return self.repo_dir / CONFIG_FILE
+
+    @property
+    def private_key_file(self) -> Path:
+        """The key that tokens are signed with."""
+        return self.repo_dir / self.private_key_path
+
+    @property
+    def public_key_file(self) -> Path:
+        """The key that the pageserver checks them with."""
+        return self.repo_dir / PUBLIC_KEY_FILE
 
     def safekeeper_dir(self, node_id: int) -> Path:
         """Work directory of a safekeeper."""
@@ -294,7 +308,7 @@ class LocalEnv:
                 document.get("zenith_distrib_dir") or default_zenith_distrib_dir()
             ).absolute(),
             default_tenant_id=None if tenant is None else TenantId.parse(tenant),
-            private_key_path=document.get("private_key_path", "auth_private_key.pem"),
+            private_key_path=document.get("private_key_path", PRIVATE_KEY_FILE),
             pageserver=_known(PageserverConf, document.get("pageserver", {})),
             safekeepers=safekeepers,
             safekeeper_generation=generation,

@@ -48,7 +48,7 @@ from zenith_utils.log import init_logging
 from zenith_utils.pid_file import PidFileError
 from zenith_utils.postgres_backend import PostgresServer
 from zenith_utils.size import SizeError, format_size, parse_size
-from zenith_utils.version import version_text
+from zenith_utils.version import VersionAction, version_text
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="safekeeper", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("--version", action="version", version=version_text("safekeeper"))
+    add("--version", action=VersionAction)
     add("-D", "--dir", type=Path, default=Path(), help="data directory (default: current)")
     add("--init", action="store_true", help="store the id and exit")
     add("--id", type=int, help="node id; stored at the first start")

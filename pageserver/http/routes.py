@@ -14,6 +14,7 @@ from zenith_utils.http_server import (
     HttpHandler,
     HttpServer,
     Request,
+    RequestHook,
     Response,
     Route,
     json_response,
@@ -80,10 +81,12 @@ def routes(tenants: TenantManager) -> list[Route]:
     ]
 
 
-def start_http(sock: socket.socket, tenants: TenantManager) -> HttpServer:
-    """Serves the API on a listening socket."""
+def start_http(
+    sock: socket.socket, tenants: TenantManager, before: RequestHook | None = None
+) -> HttpServer:
+    """Serves the API on a listening socket; `before` runs ahead of every handler."""
     served = [Route(r.method, r.path, _guarded(r.handler)) for r in routes(tenants)]
-    server = HttpServer(sock, served)
+    server = HttpServer(sock, served, before=before)
     server.start()
     return server
 

@@ -108,22 +108,6 @@ def test_http_conflicts_and_unknown_timelines(root: Root) -> None:
             server.http("POST", f"tenant/{root.tenant}/timeline/{root.timeline}/{action}")
 
 
-def test_metrics_lines(root: Root) -> None:
-    import re
-
-    import requests
-
-    text = requests.get(f"http://127.0.0.1:{root.server.http_port}/metrics", timeout=30).text
-    for pattern in (
-        r'^pageserver_disk_io_bytes{io_operation="write"} (\S+)$',
-        r"^pageserver_maxrss_kb (\S+)$",
-    ):
-        match = re.search(pattern, text, re.MULTILINE)
-        assert match is not None
-        assert float(match[1]) >= 0
-    assert 'pageserver_live_connections_count{pageserver_connection_kind="page_service"}' in text
-
-
 def test_lsn_by_timestamp(root: Root) -> None:
     server, timeline = root.server, f"tenant/{root.tenant}/timeline/{root.timeline}"
     path = timeline + "/get_lsn_by_timestamp"
