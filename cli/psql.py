@@ -1,4 +1,4 @@
-"""`zenith psql`: the distribution's psql on the running node of a branch"""
+"""`zenith psql`: the distribution's psql on the running node of a branch."""
 
 from __future__ import annotations
 

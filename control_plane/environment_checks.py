@@ -1,4 +1,4 @@
-"""Whether the files and ports of a local environment are what they should be"""
+"""Whether the files and ports of a local environment are what they should be."""
 
 from __future__ import annotations
 

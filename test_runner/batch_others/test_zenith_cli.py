@@ -1,4 +1,4 @@
-"""The zenith command over whole environments: answers, states and errors that scripts rely on"""
+"""The zenith command over whole environments: answers, states and errors that scripts rely on."""
 
 from __future__ import annotations
 

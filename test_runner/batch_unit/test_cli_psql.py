@@ -1,4 +1,4 @@
-"""`zenith psql`: which node it opens, with what arguments, and what it says where none runs"""
+"""`zenith psql`: which node it opens, with what arguments, and what it says where none runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`zenith status`: what it collects, what it warns of, and its exit status"""
+"""`zenith status`: what it collects, what it warns of, and its exit status."""
 
 from __future__ import annotations
 
