@@ -28,7 +28,7 @@ _COMMANDS = {
     "pageserver": LazyCommand("servers", "Start, stop and watch the pageserver."),
     "safekeeper": LazyCommand("safekeepers", "Start, stop, watch and replace the safekeepers."),
     "storage": LazyCommand("storage", "Look into the pageserver's files."),
-    "token": LazyCommand("tokens", "Make a token for the pageserver's services."),
+    "token": LazyCommand("tokens", "Make a token for a pageserver with authentication."),
     "completion": LazyCommand("completion", "Print a script that completes commands in a shell."),
 }
 

@@ -16,7 +16,7 @@ from batch_unit.walproposer_support import Safekeeper, wait_until
 from safekeeper import delivery
 from safekeeper.callmemaybe import CallMeMaybe, call_pageserver
 from safekeeper.delivery import Delivery
-from safekeeper.metrics import TimelineMetrics
+from safekeeper.metrics import SafekeeperMetrics
 from safekeeper.timeline import Timeline
 from safekeeper.timeline_registry import TimelineRegistry
 from zenith_utils.conninfo import parse_conninfo, without_password
@@ -139,7 +139,7 @@ def test_a_timeline_knows_its_pageserver_by_name(tmp_path: Path) -> None:
         timeline = Timeline(
             TIMELINE,
             tmp_path,
-            TimelineMetrics(),
+            SafekeeperMetrics().timeline(TIMELINE),
             registry=TimelineRegistry(tmp_path, [TIMELINE], sync=False),
             instance=bytes(16),
             sync=False,
