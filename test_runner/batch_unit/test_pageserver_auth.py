@@ -402,5 +402,6 @@ def test_a_token_where_none_is_needed_is_not_looked_at(unguarded: Pageserver) ->
         assert client.http("GET", "/v1/tenant", "nonsense").json() == []
         with client.session("nonsense") as conn:
             conn.simple_query("set x = 1")
+        assert "cryptography" not in Path(f"/proc/{unguarded.pid}/maps").read_text()
     finally:
         unguarded.stop()
