@@ -55,11 +55,16 @@ class ModuleSpec:
     """Whether it is loaded by the server and so compiled against the server's headers."""
     libs: tuple[str, ...] = ()
     """Linker options that follow the objects."""
+    shared: tuple[str, ...] = ()
+    """Sources of other modules that it is made of, too, from the folder of all modules."""
 
 
 MODULES = {
     "walredo": ModuleSpec(server=True),
     "zenith": ModuleSpec(server=True),
+    "zenith_test_utils": ModuleSpec(
+        server=True, shared=("lazyfiles/connection.c", "lazyfiles/lazyfiles.h")
+    ),
     "lazyfiles": ModuleSpec(server=False, libs=("-ldl", "-lpthread", "-Wl,-z,defs")),
 }
 
@@ -68,12 +73,13 @@ MODULES = {
 class PgModules:
     """Absolute paths of the built shared libraries.
 
-    The files of the zenith extension lie beside the library.
+    The files of an extension lie beside its library.
     """
 
     walredo: Path
     lazyfiles: Path
     zenith: Path
+    zenith_test_utils: Path
 
 
 def build_modules(distrib: PgDistrib) -> PgModules:
@@ -107,7 +113,7 @@ def build_module(
     builders. Raises ModuleBuildError.
     """
     spec = MODULES[name]
-    sources = _sources(source_root / name)
+    sources = [*_sources(source_root / name), *(source_root / path for path in spec.shared)]
     data = _extension_files(source_root / name)
     compiler = compiler or find_compiler()
     flags = _flags(distrib, spec)

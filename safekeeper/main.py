@@ -48,7 +48,7 @@ from zenith_utils.log import init_logging
 from zenith_utils.pid_file import PidFileError
 from zenith_utils.postgres_backend import PostgresServer
 from zenith_utils.size import SizeError, format_size, parse_size
-from zenith_utils.version import version_text
+from zenith_utils.version import VersionAction, version_text
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--version", action="version", version=version_text("safekeeper"))
+    add("--version", action=VersionAction)
     _add_directory_options(parser)
     _add_service_options(parser)
     _add_retention_options(parser)

@@ -1,7 +1,9 @@
 """Plugins of the test framework."""
 
 pytest_plugins = (
+    "fixtures.session",
     "fixtures.zenith_fixtures",
     "fixtures.benchmark_fixture",
+    "fixtures.compare_fixtures",
     "fixtures.slow",
 )

@@ -16,6 +16,7 @@ from zenith_utils.http_server import (
     HttpHandler,
     HttpServer,
     Request,
+    RequestHook,
     Response,
     Route,
     documentation_routes,
@@ -92,10 +93,12 @@ def routes(tenants: TenantManager) -> list[Route]:
     return described
 
 
-def start_http(sock: socket.socket, tenants: TenantManager) -> HttpServer:
-    """Serves the API on a listening socket."""
+def start_http(
+    sock: socket.socket, tenants: TenantManager, before: RequestHook | None = None
+) -> HttpServer:
+    """Serves the API on a listening socket; `before` runs ahead of every handler."""
     served = [replace(route, handler=_guarded(route.handler)) for route in routes(tenants)]
-    server = HttpServer(sock, served, metrics=tenants.metrics)
+    server = HttpServer(sock, served, before=before, metrics=tenants.metrics)
     server.start()
     return server
 

@@ -16,7 +16,7 @@
  *   install.c      putting fetched blocks into the files
  *   hydrate.c      what to fetch: misses and read-ahead
  *   files.c        what a read, write, truncation or removal means for the blocks concerned
- *   extension.c    files of the zenith extension, where the server looks for them
+ *   extension.c    files of Zenith's extensions, where the server looks for them
  *   interpose.c, interpose_io.c   the libc functions replaced
  */
 #ifndef LAZYFILES_H
@@ -274,7 +274,7 @@ void		want_blocks(int fd, off_t offset, off_t length);
 
 /* ---- extension.c ---- */
 
-void		extension_init(const char *directory);
+void		extension_init(const char *libraries);
 const char *extension_path(const char *path, char buffer[PATH_MAX]);
 
 #pragma GCC visibility pop

@@ -125,20 +125,6 @@ def test_attach_and_detach_without_remote_storage(
     assert root.server.local(root.tenant, root.timeline)
 
 
-def test_metrics_lines(root: Root) -> None:
-    import re
-
-    text = requests.get(f"http://127.0.0.1:{root.server.http_port}/metrics", timeout=30).text
-    for pattern in (
-        r'^pageserver_disk_io_bytes{io_operation="write"} (\S+)$',
-        r"^pageserver_maxrss_kb (\S+)$",
-    ):
-        match = re.search(pattern, text, re.MULTILINE)
-        assert match is not None
-        assert float(match[1]) >= 0
-    assert 'pageserver_live_connections_count{pageserver_connection_kind="page_service"}' in text
-
-
 def test_lsn_by_timestamp(root: Root) -> None:
     server, timeline = root.server, f"tenant/{root.tenant}/timeline/{root.timeline}"
     path = timeline + "/get_lsn_by_timestamp"
