@@ -59,7 +59,13 @@ def serve(monkeypatch: pytest.MonkeyPatch, documents: dict[tuple[int, str], Any]
     """Have servers answer by port and path; an int is an HTTP error, others are unreachable."""
 
     def request(
-        address: tuple[str, int], method: str, path: str, body: Any = None, *, timeout: float
+        address: tuple[str, int],
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        timeout: float,
+        token: str = "",
     ) -> Answer:
         document = documents.get((address[1], path))
         if document is None:

@@ -34,6 +34,7 @@ EXPECTED = {
     "pageserver_remote_storage_remaining_sync_items": ("gauge", ()),
     "pageserver_remote_storage_fatal_task_failures": ("counter", ()),
     "pageserver_remote_storage_image_sync_time": ("histogram", ("operation_kind", "status")),
+    "pageserver_http_requests_count": ("counter", ("method", "path", "status")),
     "pageserver_open_layers_bytes": ("gauge", ()),
     "pageserver_open_layer_files": ("gauge", ()),
     "pageserver_layer_index_bytes": ("gauge", ()),
