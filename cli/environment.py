@@ -23,6 +23,7 @@ from control_plane.local_env import (
     LocalEnv,
     SafekeeperConf,
     repo_dir_from_environment,
+    unknown_keys,
 )
 from zenith_utils.ids import TenantId, TimelineId
 from zenith_utils.reachable import check_reachable
@@ -37,6 +38,7 @@ from .context import (
     stop_mode_option,
 )
 from .progress import progress
+from .tables import warn
 
 
 @click.command()
@@ -117,6 +119,9 @@ def _initial_environment(config: Path | None, repo_dir: Path) -> LocalEnv:
     except UnicodeDecodeError as e:
         raise ControlPlaneError(f"the config {config} is not a text in UTF-8") from e
     env = LocalEnv.parse(text, repo_dir)
+    strange = unknown_keys(tomllib.loads(text))
+    if strange:
+        warn(f"ignored, because they mean nothing: {', '.join(strange)} in {config}")
     # What another environment's safekeepers were says nothing about new ones.
     for conf in env.safekeepers:
         conf.instance = ""
@@ -184,6 +189,10 @@ def start(ctx: CliContext, overrides: tuple[str, ...]) -> None:
     """Start the pageserver and every safekeeper that does not run yet.
 
     Compute nodes are started one by one: see `zenith pg start`.
+
+    \b
+    zenith start
+    zenith start --pageserver-config-override "wait_lsn_timeout='5 s'"
     """
     start_environment(ctx.env, overrides)
 
@@ -236,6 +245,10 @@ def stop(ctx: CliContext, mode: str) -> None:
     """Stop all computes, the pageserver and the safekeepers.
 
     What cannot be stopped is reported, and the rest is stopped all the same.
+
+    \b
+    zenith stop
+    zenith stop -m immediate
     """
     stop_environment(ctx.env, immediate=mode == "immediate")
 
@@ -248,7 +261,8 @@ def stop_environment(env: LocalEnv, *, immediate: bool) -> None:
     with _reported("pageserver stop failed"), progress("stopping the pageserver"):
         daemons.pageserver(env).stop(say, immediate=immediate)
     for conf in env.safekeepers:
-        with _reported(f"safekeeper {conf.id} stop failed"):
+        what = f"safekeeper {conf.id}"
+        with _reported(f"{what} stop failed"), progress(f"stopping {what}"):
             daemons.safekeeper(env, conf.id).stop(say, immediate=immediate)
 
 
@@ -257,4 +271,6 @@ def _reported(what: str) -> Iterator[None]:
     try:
         yield
     except ControlPlaneError as e:
-        click.echo(f"{what}: {render_error(e)}", err=True)
+        failed = ControlPlaneError(f"{what}: {e}")
+        failed.__cause__ = e.__cause__
+        warn(render_error(failed))

@@ -32,12 +32,11 @@ def make_keys(env: LocalEnv) -> None:
     """
     from zenith_utils import jwt_tokens
 
-    if env.private_key_path:
-        key = _private_key(env)
-    else:
+    if env.private_key_path == PRIVATE_KEY_FILE:
         key = jwt_tokens.generate_key()
-        write_file_durably(env.repo_dir / PRIVATE_KEY_FILE, jwt_tokens.private_pem(key))
-        env.private_key_path = PRIVATE_KEY_FILE
+        write_file_durably(env.private_key_file, jwt_tokens.private_pem(key))
+    else:
+        key = _private_key(env)
     write_file_durably(env.public_key_file, jwt_tokens.public_pem(key), mode=0o644)
     env.pageserver.auth_token = jwt_tokens.sign(Claims(Scope.PAGESERVER_API), key)
 

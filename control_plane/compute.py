@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from compute_tools import datadir, postgres_conf, state
+from compute_tools import postgres_conf, state
 from compute_tools.auth import AUTH_TOKEN_VARIABLE, password_placeholder
-from compute_tools.postgres_process import PostgresError, end_leftovers
 from compute_tools.safekeeper_membership import NOT_KNOWN
 from compute_tools.spec import ComputeSpec, SpecError, address_text
 from control_plane import auth, membership, node_safekeepers
@@ -76,6 +75,18 @@ class Compute:
     def pgdata(self) -> Path:
         """The data directory."""
         return self.env.pgdata_dirs(self.tenant_id) / self.name
+
+    @property
+    def read_only(self) -> bool:
+        """Whether it refuses writes: it stays at an LSN, or follows its branch."""
+        return self.lsn is not None or self.hot_standby
+
+    @property
+    def kind(self) -> str:
+        """What it can do: read-write, read-only (stays at its LSN) or hot standby."""
+        if self.hot_standby:
+            return "hot standby"
+        return "read-write" if self.lsn is None else "read-only"
 
     @property
     def state_dir(self) -> Path:
@@ -155,6 +166,10 @@ class Compute:
             self._destroy()
 
     def _destroy(self) -> None:
+        # Here and not above: most commands do without these modules, and start sooner.
+        from compute_tools import datadir
+        from compute_tools.postgres_process import PostgresError, end_leftovers
+
         _make_directory(self.state_dir)
         try:
             lock = state.lock(self.state_dir)
@@ -362,6 +377,8 @@ class ComputeControlPlane:
         for old in (self._env.repo_dir / "computes" / str(tenant_id)).glob("*/pgdata.old"):
             state_dir, pgdata = old.parent, self._env.pgdata_dirs(tenant_id) / old.parent.name
             if not pgdata.exists() and state.read(state_dir).supervisor_pid is None:
+                from compute_tools import datadir
+
                 datadir.recover_swap(pgdata, state_dir)
 
     def _load(self, tenant_id: TenantId, name: str) -> Compute:

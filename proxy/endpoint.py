@@ -42,13 +42,15 @@ class Endpoint(asyncio.Protocol):
     ) -> None:
         """`connected` is called when there is a connection."""
         self.transport: asyncio.Transport
-        self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self.ended: asyncio.Future[None] = loop.create_future()
+        """Done when nothing more will come."""
+        self.lost: asyncio.Future[None] = loop.create_future()
         """Done when the connection is over in both directions."""
         self._traffic = traffic
         self._connected = connected
         self._buffer = bytearray()
         self._arrival: asyncio.Future[None] | None = None
-        self._ended = False
         self._reading_paused = False
         self._writing_paused = False
         self._peer: Endpoint | None = None
@@ -76,16 +78,14 @@ class Endpoint(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         """Nothing more will come; whether the other direction stays open (not with TLS)."""
-        self._ended = True
-        self._wake()
+        self._no_more()
         if self._peer is not None:
             self._end_peer(self._peer)
         return self.transport.can_write_eof()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is over."""
-        self._ended = True
-        self._wake()
+        self._no_more()
         if not self.lost.done():
             self.lost.set_result(None)
         if self._peer is not None:
@@ -101,7 +101,7 @@ class Endpoint(asyncio.Protocol):
     def resume_writing(self) -> None:
         """They have been sent."""
         self._writing_paused = False
-        if self._peer is not None and not self._peer._ended:
+        if self._peer is not None and not self._peer.ended.done():
             self._peer.transport.resume_reading()
 
     # ---- the login -----------------------------------------------------------------------------
@@ -126,7 +126,7 @@ class Endpoint(asyncio.Protocol):
     async def read_exactly(self, count: int) -> bytes:
         """Wait for `count` bytes, at most MAX_LOGIN_MESSAGE. Raises ConnectionClosed."""
         while len(self._buffer) < count:
-            if self._ended:
+            if self.ended.done():
                 cut = " in the middle of a message" if self._buffer else ""
                 raise ConnectionClosed(f"connection closed by the peer{cut}")
             self._arrival = asyncio.get_running_loop().create_future()
@@ -158,6 +158,11 @@ class Endpoint(asyncio.Protocol):
         """End the connection at once."""
         self.transport.abort()
 
+    def _no_more(self) -> None:
+        if not self.ended.done():
+            self.ended.set_result(None)
+        self._wake()
+
     def _wake(self) -> None:
         if self._arrival is not None and not self._arrival.done():
             self._arrival.set_result(None)
@@ -171,17 +176,17 @@ class Endpoint(asyncio.Protocol):
             data = bytes(self._buffer)
             self._buffer.clear()
             self.data_received(data)
-        if self._reading_paused and not peer._writing_paused and not self._ended:
+        if self._reading_paused and not peer._writing_paused and not self.ended.done():
             self.transport.resume_reading()
         self._reading_paused = False
         if self.lost.done():
             peer.transport.close()
-        elif self._ended:
+        elif self.ended.done():
             self._end_peer(peer)
 
     def _end_peer(self, peer: Endpoint) -> None:
         """Nothing more will come from here: so nothing more goes there."""
-        if peer._ended or not peer.transport.can_write_eof():
+        if peer.ended.done() or not peer.transport.can_write_eof():
             # Both directions are over; or TLS, where one direction cannot end alone.
             peer.transport.close()
             self.transport.close()

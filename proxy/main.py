@@ -9,6 +9,7 @@ import resource
 import ssl
 import sys
 from collections.abc import Sequence
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
 
@@ -28,7 +29,6 @@ DEFAULT_PROXY_ADDRESS: Final = "127.0.0.1:4432"
 DEFAULT_HTTP_ADDRESS: Final = "127.0.0.1:7001"
 
 _DEFAULT_TARGET_PORT: Final = 5432
-_LOOPBACK: Final = ("127.", "::1", "localhost")
 _METHODS: Final = ("password", "link", "mixed")
 # Options of a console, which this proxy does not have: argument name -> option.
 _CONSOLE_OPTIONS: Final = {"mgmt": "--mgmt", "uri": "--uri", "auth_endpoint": "--auth-endpoint"}
@@ -115,7 +115,7 @@ def _run(args: argparse.Namespace) -> int:
     for name, option in _CONSOLE_OPTIONS.items():
         if getattr(args, name) is not None:
             logger.warning("%s has no effect with --static-router", option)
-    if tls is None and not args.proxy.removeprefix("[").startswith(_LOOPBACK):
+    if tls is None and not is_loopback(parse_address(args.proxy)[0]):
         logger.warning(
             "passwords of clients cross the network in clear text: give --ssl-key and --ssl-cert"
         )
@@ -155,6 +155,14 @@ def _target(args: argparse.Namespace) -> tuple[str, int]:
     if target == parse_address(args.proxy):
         raise StartError(f"--static-router {args.static_router} is the proxy itself (--proxy)")
     return target
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a listener there."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _tls_context(key: Path | None, certificate: Path | None) -> ssl.SSLContext | None:

@@ -127,7 +127,7 @@ def cancel_packet(key: bytes) -> bytes:
 
 def parse_password(payload: bytes) -> bytes:
     """The password of a PasswordMessage. Raises ProtocolError, SessionError."""
-    if payload.find(b"\0") != len(payload) - 1:
+    if not payload or payload.find(b"\0") != len(payload) - 1:
         raise ProtocolError("invalid password packet size")
     if len(payload) == 1:
         raise SessionError("empty password returned by client", "28P01")

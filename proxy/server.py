@@ -6,6 +6,7 @@ From then on nothing runs for a session but the handing on of bytes in the event
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import resource
 import socket
@@ -37,7 +38,9 @@ _PROTOCOL_VIOLATION: Final = "08P01"
 _SCRAM_THREADS: Final = 2
 # Descriptors that are not a session's: listeners, HTTP, log, name lookups.
 _OTHER_DESCRIPTORS: Final = 64
-# How long a client is waited for when everything ends.
+# How long a client may take, in seconds, to close after its server did.
+_LINGER: Final = 10.0
+# How long sessions are waited for, in seconds, when everything ends.
 _STOP_DEADLINE: Final = 2.0
 
 
@@ -187,8 +190,12 @@ class ProxyServer:
             )
             client.expects_errors = False
             join(client.endpoint, target.endpoint)
-            await client.endpoint.lost
-            await target.endpoint.lost
+            await target.endpoint.ended
+            # A server that ends a session has said why. To close while the client is sending could
+            # take that away from it; a client that does not notice may not keep the session.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LINGER):
+                    await client.endpoint.lost
         finally:
             target.endpoint.close()
             self._keys.revoke(key)

@@ -129,7 +129,7 @@ class CallMeMaybe:
 
     @property
     def calls(self) -> int:
-        """Number of calls made so far, one per timeline and attempt."""
+        """Number of calls begun so far, one per timeline and attempt."""
         return self._calls
 
     def start(self) -> None:
@@ -223,6 +223,8 @@ class CallMeMaybe:
                     due = [item for item in batch if item[1].due <= now]
                     if due:
                         pageserver.calling = True
+                        # Now, not at its end: a timeline may be given up while it is called.
+                        self._calls += len(due)
                         self._pool.submit(self._call_once, connstr, pageserver, due)
                     elif batch:
                         left = batch[0][1].due - now
@@ -247,7 +249,6 @@ class CallMeMaybe:
             error = repr(e)
         with self._changed:
             self._report(connstr, pageserver, error)
-            self._calls += len(batch)
             now = time.monotonic()
             if error:
                 # Nobody there: none of its timelines needs another attempt before a period is over.

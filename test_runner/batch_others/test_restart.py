@@ -14,7 +14,10 @@ from fixtures.zenith_env import ZenithEnvBuilder
 
 @pytest.mark.parametrize("num_safekeepers", [0, 1, 3])
 def test_restart_everything(zenith_env_builder: ZenithEnvBuilder, num_safekeepers: int) -> None:
-    """The compute, then the whole environment, stops cleanly and comes back with the data."""
+    """The compute, then the whole environment, stops cleanly and comes back with the data.
+
+    Restarts are the normal case, on an update or over night: none may need more than a start.
+    """
     zenith_env_builder.num_safekeepers = num_safekeepers
     env = zenith_env_builder.init_start()
     pg = env.postgres.create_start("main")
@@ -37,7 +40,11 @@ def test_restart_everything(zenith_env_builder: ZenithEnvBuilder, num_safekeeper
 
 @pytest.mark.parametrize("num_safekeepers", [0, 1, 3])
 def test_killed_compute(zenith_env_builder: ZenithEnvBuilder, num_safekeepers: int) -> None:
-    """A compute killed at any time has lost nothing that it acknowledged."""
+    """A compute killed at any time has lost nothing that it acknowledged.
+
+    The directory of a compute is disposable: that is only true if storage has all that was
+    acknowledged, and nothing else.
+    """
     zenith_env_builder.num_safekeepers = num_safekeepers
     env = zenith_env_builder.init_start()
     pg = env.postgres.create_start("main")
@@ -63,7 +70,10 @@ def test_killed_compute(zenith_env_builder: ZenithEnvBuilder, num_safekeepers: i
     ids=lambda order: order,
 )
 def test_any_order(zenith_env_builder: ZenithEnvBuilder, stop_order: str, start_order: str) -> None:
-    """Compute (c), pageserver (p) and safekeepers (s) stop and start in every sensible order."""
+    """Compute (c), pageserver (p) and safekeepers (s) stop and start in every sensible order.
+
+    Init systems and people do not know the right order: a wrong one may cost time, never data.
+    """
     zenith_env_builder.num_safekeepers = 3
     env = zenith_env_builder.init_start()
     pg = env.postgres.create_start("main", config_lines=["zenith.stop_timeout=2s"])
@@ -87,7 +97,11 @@ def test_any_order(zenith_env_builder: ZenithEnvBuilder, stop_order: str, start_
 
 
 def test_killed_pageserver(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """Commits go on without the pageserver, which catches up; cold reads wait for it."""
+    """Commits go on without the pageserver, which catches up; cold reads wait for it.
+
+    Writes must not depend on the pageserver: the quorum of safekeepers is all that a commit
+    needs.
+    """
     zenith_env_builder.num_safekeepers = 3
     env = zenith_env_builder.init_start()
     pg = env.postgres.create_start("main")

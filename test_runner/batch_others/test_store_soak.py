@@ -149,6 +149,10 @@ def verify_files(env: ZenithEnv) -> None:
 def test_soak(
     zenith_env_builder: ZenithEnvBuilder, pg_bin: PgBin, scale: int, clients: int, seconds: int
 ) -> None:
+    """pgbench, DDL, branches, nodes in the past and kills at once; small layers, short history.
+
+    Each part of the store is tested alone; what breaks in use breaks where they meet.
+    """
     zenith_env_builder.num_safekeepers = 1
     zenith_env_builder.pageserver_config_override = SETTINGS
     env = zenith_env_builder.init_start()

@@ -40,6 +40,8 @@ class Needs(Enum):
 # Every route. One that is new belongs here, after a thought about who may use it.
 ROUTES = {
     ("GET", "/v1/status"): Needs.NOTHING,
+    ("GET", "/swagger.yml"): Needs.NOTHING,
+    ("GET", "/v1/doc"): Needs.NOTHING,
     ("GET", "/metrics"): Needs.TOKEN,
     ("GET", "/v1/tenant"): Needs.MANAGEMENT,
     ("POST", "/v1/tenant"): Needs.MANAGEMENT,
