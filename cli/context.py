@@ -11,11 +11,12 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import click
 
-from control_plane.errors import ControlPlaneError
+from control_plane.errors import ConfigError, ControlPlaneError
 from control_plane.local_env import LocalEnv, repo_dir_from_environment
 from zenith_utils.ids import IdParseError, TenantId, TimelineId
 from zenith_utils.lsn import Lsn, LsnParseError
 
+from .completion import tenants as complete_tenants
 from .progress import hidden
 
 
@@ -112,7 +113,10 @@ _Function = Callable[..., Any]
 def tenant_option(function: _Function) -> _Function:
     """--tenant-id, defaulting to the environment's default tenant."""
     return click.option(
-        "--tenant-id", type=TENANT_ID, help="Tenant; default: the config's default_tenant_id."
+        "--tenant-id",
+        type=TENANT_ID,
+        shell_complete=complete_tenants,
+        help="Tenant; default: the config's default_tenant_id.",
     )(function)
 
 
@@ -141,8 +145,8 @@ def stop_mode_option(function: _Function) -> _Function:
 
 
 def render_error(error: BaseException) -> str:
-    """`command failed: …` and the chain of causes."""
-    lines = [f"command failed: {error}"]
+    """`command failed: …`, or `Error: …` where no command was begun, and the chain of causes."""
+    lines = [f"{'Error' if isinstance(error, ConfigError) else 'command failed'}: {error}"]
     cause, number = error.__cause__, 0
     if cause is not None:
         lines += ["", "Caused by:"]

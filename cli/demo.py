@@ -88,6 +88,10 @@ def demo(directory: Path, scale: int, keep: bool) -> None:
     \b
     Starts a pageserver, three safekeepers and Postgres on free ports, loads pgbench's tables and
     a table of orders, branches before and after a "mistake", and shows both states side by side.
+
+    \b
+    zenith demo
+    zenith demo --scale 50 --keep
     """
     directory = directory.absolute()
     os.environ["ZENITH_REPO_DIR"] = str(directory)

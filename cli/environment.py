@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import click
 
-from control_plane import daemons, membership
+from control_plane import auth, daemons, membership
 from control_plane.compute import ComputeControlPlane, stop_supervisor
 from control_plane.environment import daemon_environment
 from control_plane.errors import ControlPlaneError
 from control_plane.local_env import (
     CONFIG_FILE,
     DEFAULT_BRANCH,
+    PUBLIC_KEY_FILE,
     LocalEnv,
     SafekeeperConf,
     repo_dir_from_environment,
+    unknown_keys,
 )
 from zenith_utils.ids import TenantId, TimelineId
 from zenith_utils.reachable import check_reachable
@@ -34,6 +38,7 @@ from .context import (
     stop_mode_option,
 )
 from .progress import progress
+from .tables import warn
 
 
 @click.command()
@@ -87,7 +92,14 @@ def create_environment(
         for conf in env.safekeepers:
             env.safekeeper_dir(conf.id).mkdir(parents=True)
         (repo_dir / "pgdatadirs" / "tenants").mkdir(parents=True)
-        _init_pageserver(env, timeline_id, overrides)
+        env.pageserver.auth_type = _auth_type(env, overrides)
+        with ThreadPoolExecutor(1) as pool:
+            # While the pageserver is at work, which checks that its key is there if it needs one.
+            keys = pool.submit(auth.make_keys, env)
+            if auth.needs_token(env):
+                keys.result()
+            _init_pageserver(env, timeline_id, overrides)
+            keys.result()
         env.save()
     except BaseException:
         shutil.rmtree(repo_dir, ignore_errors=True)
@@ -107,6 +119,9 @@ def _initial_environment(config: Path | None, repo_dir: Path) -> LocalEnv:
     except UnicodeDecodeError as e:
         raise ControlPlaneError(f"the config {config} is not a text in UTF-8") from e
     env = LocalEnv.parse(text, repo_dir)
+    strange = unknown_keys(tomllib.loads(text))
+    if strange:
+        warn(f"ignored, because they mean nothing: {', '.join(strange)} in {config}")
     # What another environment's safekeepers were says nothing about new ones.
     for conf in env.safekeepers:
         conf.instance = ""
@@ -126,6 +141,15 @@ def _check_programs(env: LocalEnv) -> None:
             )
 
 
+def _auth_type(env: LocalEnv, overrides: tuple[str, ...]) -> str:
+    """The pageserver's: an override has the last word. Bad ones it will complain about itself."""
+    found: object = env.pageserver.auth_type
+    for text in overrides:
+        with suppress(tomllib.TOMLDecodeError):
+            found = tomllib.loads(text.strip()).get("auth_type", found)
+    return found if isinstance(found, str) else env.pageserver.auth_type
+
+
 def _init_pageserver(env: LocalEnv, timeline_id: TimelineId, overrides: tuple[str, ...]) -> None:
     conf = env.pageserver
     settings = [
@@ -136,6 +160,8 @@ def _init_pageserver(env: LocalEnv, timeline_id: TimelineId, overrides: tuple[st
         f"id={conf.id}",
         *overrides,
     ]
+    if auth.needs_token(env):
+        settings.append(f"auth_validation_public_key_path='{PUBLIC_KEY_FILE}'")
     command = [str(env.zenith_distrib_dir / "pageserver"), "--init", "-D", str(env.repo_dir)]
     for text in settings:
         command += ["-c", text]
@@ -163,6 +189,10 @@ def start(ctx: CliContext, overrides: tuple[str, ...]) -> None:
     """Start the pageserver and every safekeeper that does not run yet.
 
     Compute nodes are started one by one: see `zenith pg start`.
+
+    \b
+    zenith start
+    zenith start --pageserver-config-override "wait_lsn_timeout='5 s'"
     """
     start_environment(ctx.env, overrides)
 
@@ -215,6 +245,10 @@ def stop(ctx: CliContext, mode: str) -> None:
     """Stop all computes, the pageserver and the safekeepers.
 
     What cannot be stopped is reported, and the rest is stopped all the same.
+
+    \b
+    zenith stop
+    zenith stop -m immediate
     """
     stop_environment(ctx.env, immediate=mode == "immediate")
 
@@ -227,7 +261,8 @@ def stop_environment(env: LocalEnv, *, immediate: bool) -> None:
     with _reported("pageserver stop failed"), progress("stopping the pageserver"):
         daemons.pageserver(env).stop(say, immediate=immediate)
     for conf in env.safekeepers:
-        with _reported(f"safekeeper {conf.id} stop failed"):
+        what = f"safekeeper {conf.id}"
+        with _reported(f"{what} stop failed"), progress(f"stopping {what}"):
             daemons.safekeeper(env, conf.id).stop(say, immediate=immediate)
 
 
@@ -236,4 +271,6 @@ def _reported(what: str) -> Iterator[None]:
     try:
         yield
     except ControlPlaneError as e:
-        click.echo(f"{what}: {render_error(e)}", err=True)
+        failed = ControlPlaneError(f"{what}: {e}")
+        failed.__cause__ = e.__cause__
+        warn(render_error(failed))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import signal
 import sys
@@ -13,51 +12,39 @@ from control_plane.errors import ControlPlaneError
 from zenith_utils.os_user import OsUserError
 
 from .context import CliContext, render_error
+from .groups import COMPLETE_VARIABLE, LazyCommand, LazyGroup
 
-# Subcommand -> module. A command imports only what it needs: start-up time is felt in scripts.
 _COMMANDS = {
-    "demo": "demo",
-    "init": "environment",
-    "start": "environment",
-    "stop": "environment",
-    "tenant": "tenants",
-    "timeline": "timelines",
-    "pageserver": "servers",
-    "safekeeper": "safekeepers",
-    "pg": "nodes",
-    "storage": "storage",
+    "demo": LazyCommand("demo", "See it work: load data, make a mistake, go back before it."),
+    "init": LazyCommand("environment", "Make a new environment with a tenant and its branch main."),
+    "start": LazyCommand("environment", "Start the pageserver and every safekeeper."),
+    "stop": LazyCommand("environment", "Stop all computes, the pageserver and the safekeepers."),
+    "status": LazyCommand("status", "Show the whole environment on one screen, warnings first."),
+    "doctor": LazyCommand("doctor", "Check this machine and the environment for what is wrong."),
+    "pg": LazyCommand("nodes", "Create, start, stop and list Postgres nodes."),
+    "psql": LazyCommand("psql", "Open psql on the running node of a branch."),
+    "timeline": LazyCommand("timelines", "Create, branch and list timelines."),
+    "tenant": LazyCommand("tenants", "Create, configure and list tenants."),
+    "pageserver": LazyCommand("servers", "Start, stop and watch the pageserver."),
+    "safekeeper": LazyCommand("safekeepers", "Start, stop, watch and replace the safekeepers."),
+    "storage": LazyCommand("storage", "Look into the pageserver's files."),
+    "token": LazyCommand("tokens", "Make a token for a pageserver with authentication."),
+    "completion": LazyCommand("completion", "Print a script that completes commands in a shell."),
 }
-
-
-class _LazyGroup(click.Group):
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        module = _COMMANDS.get(cmd_name)
-        if module is None:
-            return None
-        command: click.Command = getattr(
-            importlib.import_module(f".{module}", __package__), cmd_name
-        )
-        return command
 
 
 def _print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
     if not value or ctx.resilient_parsing:
         return
-    from importlib.metadata import PackageNotFoundError, version
+    from zenith_utils.version import version_text
 
-    try:
-        text = version("zenith")
-    except PackageNotFoundError:
-        text = "from a source tree"
-    click.echo(f"zenith {text}")
+    click.echo(version_text("zenith"))
     ctx.exit()
 
 
 @click.group(
-    cls=_LazyGroup,
+    cls=LazyGroup,
+    lazy=_COMMANDS,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Try `zenith demo` first: it builds an environment, branches it and travels in time.",
 )
@@ -77,11 +64,12 @@ def cli(ctx: click.Context) -> None:
     zenith init                                   make an environment in ./.zenith
     zenith start                                  start its pageserver and safekeepers
     zenith pg start main                          start Postgres on branch main
-    psql -h 127.0.0.1 -p 55432 -U zenith_admin postgres
+    zenith psql                                   open psql on it
     zenith timeline branch --branch-name fix      branch main, at once, whatever its size
     zenith pg start fix --branch-name fix         a second Postgres, on the branch
     zenith pg start past --lsn 0/2000028          open main as it was at an LSN
     zenith pg start then --at '2026-11-22 10:00'  open main as it was at a time
+    zenith status                                 see all of it, and what is wrong
     zenith stop                                   stop everything; nothing is lost
 
     The environment is that of ZENITH_REPO_DIR, else ./.zenith.
@@ -94,7 +82,7 @@ def main() -> int:
     # As an interrupt it lets every step clean up after itself.
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        status = cli.main(prog_name="zenith", standalone_mode=False)
+        status = cli.main(prog_name="zenith", standalone_mode=False, complete_var=COMPLETE_VARIABLE)
         sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except click.exceptions.NoArgsIsHelpError as e:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from datetime import datetime
+from typing import Any
 
 import click
 
-from control_plane.compute import ComputeControlPlane
+from control_plane.compute import Compute, ComputeControlPlane
 from control_plane.errors import ControlPlaneError
 from control_plane.local_env import DEFAULT_BRANCH, LocalEnv
 from control_plane.pageserver_http import PageserverHttp
 from zenith_utils.ids import TenantId, TimelineId
 
+from .completion import branches as complete_branches
+from .completion import nodes as complete_nodes
 from .context import (
     TIMELINE_ID,
     CliContext,
@@ -21,6 +24,7 @@ from .context import (
     tenant_option,
 )
 from .progress import progress
+from .tables import json_option, say_json, warn
 from .time_travel import at_option, chosen_lsn
 
 _PORT = click.IntRange(1, 65535)
@@ -32,13 +36,28 @@ _BAD_LSN = "Failed to parse Lsn from the request"
 
 @click.group()
 def pg() -> None:
-    """Create, start, stop and list Postgres nodes."""
+    """Create, start, stop and list Postgres nodes.
+
+    A node is a Postgres on a branch. It holds nothing that is not in storage: stop it, destroy it,
+    start another one on the same branch, and the data is there.
+
+    \b
+    zenith pg start main
+    zenith psql main
+    zenith pg list
+    """
 
 
 @pg.command("create")
 @click.argument("node", required=False)
 @tenant_option
-@click.option("--branch-name", default=DEFAULT_BRANCH, show_default=True)
+@click.option(
+    "--branch-name",
+    default=DEFAULT_BRANCH,
+    show_default=True,
+    shell_complete=complete_branches,
+    help="Branch it opens.",
+)
 @click.option("--lsn", help=_LSN_HELP)
 @at_option(_AT_HELP)
 @click.option("--hot-standby", is_flag=True, help=_STANDBY_HELP)
@@ -84,9 +103,13 @@ def pg_create(
 
 
 @pg.command("start")
-@click.argument("node", required=False)
+@click.argument("node", required=False, shell_complete=complete_nodes)
 @tenant_option
-@click.option("--branch-name", help="Branch of a new node; default: main.")
+@click.option(
+    "--branch-name",
+    shell_complete=complete_branches,
+    help="Branch of a new node; default: main.",
+)
 @click.option("--timeline-id", type=TIMELINE_ID, hidden=True)
 @click.option("--lsn", help=_LSN_HELP)
 @at_option(_AT_HELP)
@@ -123,6 +146,7 @@ def pg_start(
     compute = plane.get(tenant_id, node)
     if compute is not None:
         say(f"Starting existing postgres {node}...")
+        _tell_ignored(compute, branch_name, lsn, at, hot_standby, port)
     else:
         branch_timeline = ctx.env.branch_timeline(branch_name or DEFAULT_BRANCH, tenant_id)
         branch = tenant_id, branch_timeline
@@ -136,7 +160,7 @@ def pg_start(
 
 
 @pg.command("stop")
-@click.argument("node", required=False)
+@click.argument("node", required=False, shell_complete=complete_nodes)
 @tenant_option
 @click.option("--destroy", is_flag=True, help="Stop at once and delete the node.")
 @pass_context
@@ -152,16 +176,17 @@ def pg_stop(ctx: CliContext, node: str | None, tenant_id: TenantId | None, destr
         raise ControlPlaneError("No node name was provided to stop")
     compute = ComputeControlPlane(ctx.env).get(tenant_id, node)
     if compute is None:
-        raise ControlPlaneError(f"postgres {node} is not found")
+        raise ControlPlaneError(f"postgres {node} is not found: see 'zenith pg list'")
     with progress(f"stopping postgres {node}"):
         compute.stop(say, destroy=destroy)
 
 
 @pg.command("list")
 @tenant_option
+@json_option
 @pass_context
-def pg_list(ctx: CliContext, tenant_id: TenantId | None) -> None:
-    """List the nodes of a tenant.
+def pg_list(ctx: CliContext, tenant_id: TenantId | None, as_json: bool) -> None:
+    """List the nodes of a tenant. LSN is how far the pageserver has the WAL of the branch.
 
     \b
     running   takes connections      starting, stopping   on its way
@@ -169,11 +194,19 @@ def pg_list(ctx: CliContext, tenant_id: TenantId | None) -> None:
 
     A node that follows its branch shows as (hot standby) behind that.
     Why a node has crashed is told on the standard error.
+
+    \b
+    zenith pg list
+    zenith pg list --json | jq -r '.[] | select(.status == "running").port'
     """
     tenant_id = ctx.tenant(tenant_id)
     lsns = _last_record_lsns(ctx.env, tenant_id)
+    nodes = ComputeControlPlane(ctx.env).nodes(tenant_id, _report)
+    if as_json:
+        say_json([_document(node, lsns.get(str(node.timeline_id))) for node in nodes])
+        return
     say("NODE\tADDRESS\tTIMELINE\tBRANCH NAME\tLSN\t\tSTATUS")
-    for node in ComputeControlPlane(ctx.env).nodes(tenant_id, _report):
+    for node in nodes:
         branch = ctx.env.branch_name(tenant_id, node.timeline_id) or "?"
         lsn = lsns.get(str(node.timeline_id), "?")
         address = f"127.0.0.1:{node.port}"
@@ -181,7 +214,50 @@ def pg_list(ctx: CliContext, tenant_id: TenantId | None) -> None:
         say(f"{node.name}\t{address}\t{node.timeline_id}\t{branch}\t{lsn}\t\t{status}")
         reason = node.why_crashed()
         if reason:
-            click.echo(f"{node.name}: {reason.splitlines()[0]}", err=True)
+            warn(f"{node.name}: {reason.splitlines()[0]}")
+
+
+def _document(node: Compute, last_record_lsn: str | None) -> dict[str, Any]:
+    """A node as --json shows it."""
+    return {
+        "node": node.name,
+        "tenant_id": str(node.tenant_id),
+        "timeline_id": str(node.timeline_id),
+        "branch": node.env.branch_name(node.tenant_id, node.timeline_id),
+        "host": "127.0.0.1",
+        "port": node.port,
+        "kind": node.kind,
+        "at_lsn": None if node.lsn is None else str(node.lsn),
+        "last_record_lsn": last_record_lsn,
+        "status": node.status(),
+        "reason": node.why_crashed() or None,
+    }
+
+
+def _tell_ignored(
+    node: Compute,
+    branch_name: str | None,
+    lsn: str | None,
+    at: datetime | None,
+    hot_standby: bool,
+    port: int | None,
+) -> None:
+    """Say which options mean nothing, because the node is there already and differs from them."""
+    env = node.env
+    branch = env.branch_name(node.tenant_id, node.timeline_id)
+    different = {
+        "--branch-name": branch_name not in (None, branch),
+        "--lsn": lsn not in (None, str(node.lsn)),
+        "--at": at is not None,
+        "--hot-standby": hot_standby and not node.hot_standby,
+        "--port": port not in (None, node.port),
+    }
+    ignored = [option for option, differs in different.items() if differs]
+    if ignored:
+        warn(
+            f"{', '.join(ignored)} ignored: {node.name} exists, and starts as it was created. "
+            f"For another one choose another name, or first: zenith pg stop {node.name} --destroy"
+        )
 
 
 def _refuse_standby_at_lsn(hot_standby: bool, lsn: str | None, at: datetime | None) -> None:
@@ -192,13 +268,13 @@ def _refuse_standby_at_lsn(hot_standby: bool, lsn: str | None, at: datetime | No
 
 
 def _report(error: ControlPlaneError) -> None:
-    click.echo(render_error(error), err=True)
+    warn(render_error(error))
 
 
 def _last_record_lsns(env: LocalEnv, tenant_id: TenantId) -> dict[str, str]:
     try:
         infos = PageserverHttp(env).timeline_list(tenant_id)
     except ControlPlaneError as e:
-        click.echo(f"Failed to load timeline info: {e}", err=True)
+        warn(f"Failed to load timeline info: {e}")
         return {}
     return {i["timeline_id"]: i["local"]["last_record_lsn"] for i in infos if i.get("local")}

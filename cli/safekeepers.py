@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from control_plane import daemons, safekeeper_changes
@@ -10,10 +12,12 @@ from control_plane.local_env import LocalEnv
 from control_plane.safekeeper_changes import Change
 from control_plane.settling import settle
 
+from .completion import safekeepers as complete_safekeepers
 from .context import CliContext, pass_context, say, stop_mode_option
 from .environment import start_safekeeper
 from .progress import progress
 from .servers import show_status, stop_daemon
+from .tables import json_option, say_json
 
 _ID = click.IntRange(0, (1 << 63) - 1)
 _PORT = click.IntRange(1, 65535)
@@ -21,6 +25,10 @@ _accept_loss = click.option(
     "--accept-loss",
     is_flag=True,
     help="Also if branches that have not followed an earlier change could lose commits.",
+)
+
+_id_argument = click.argument(
+    "node_id", metavar="[ID]", type=_ID, default=1, shell_complete=complete_safekeepers
 )
 
 
@@ -40,53 +48,83 @@ def safekeeper() -> None:
 
 
 @safekeeper.command("start")
-@click.argument("node_id", metavar="[ID]", type=int, default=1)
+@_id_argument
 @pass_context
 def safekeeper_start(ctx: CliContext, node_id: int) -> None:
-    """Start a safekeeper."""
-    ctx.env.safekeeper(node_id)
-    try:
-        start_safekeeper(ctx.env, node_id)
-    except ControlPlaneError as e:
-        raise ControlPlaneError(f"safekeeper start failed: {e}") from e.__cause__
+    """Start a safekeeper; ID is 1 where none is given.
+
+    \b
+    zenith safekeeper start 2
+    """
+    _start(ctx.env, node_id)
 
 
 @safekeeper.command("stop")
-@click.argument("node_id", metavar="[ID]", type=int, default=1)
+@_id_argument
 @stop_mode_option
 @pass_context
 def safekeeper_stop(ctx: CliContext, node_id: int, mode: str) -> None:
-    """Stop a safekeeper."""
+    """Stop a safekeeper. Commits go on as long as a majority runs.
+
+    \b
+    zenith safekeeper stop 2
+    zenith safekeeper stop 2 -m immediate
+    """
     stop_daemon(daemons.safekeeper(ctx.env, node_id), mode)
 
 
 @safekeeper.command("restart")
-@click.argument("node_id", metavar="[ID]", type=int, default=1)
+@_id_argument
 @stop_mode_option
 @pass_context
 def safekeeper_restart(ctx: CliContext, node_id: int, mode: str) -> None:
-    """Stop a safekeeper, then start it."""
+    """Stop a safekeeper, then start it: with its options of now in the config, for example.
+
+    \b
+    zenith safekeeper restart 2
+    """
     stop_daemon(daemons.safekeeper(ctx.env, node_id), mode)
-    start_safekeeper(ctx.env, node_id)
+    _start(ctx.env, node_id)
+
+
+def _start(env: LocalEnv, node_id: int) -> None:
+    env.safekeeper(node_id)
+    try:
+        start_safekeeper(env, node_id)
+    except ControlPlaneError as e:
+        raise ControlPlaneError(f"safekeeper start failed: {e}") from e.__cause__
 
 
 @safekeeper.command("status")
-@click.argument("node_id", metavar="[ID]", type=int, default=1)
+@_id_argument
+@json_option
 @pass_context
-def safekeeper_status(ctx: CliContext, node_id: int) -> int:
-    """Say whether a safekeeper runs; exit status 1 when it does not."""
-    return show_status(daemons.safekeeper(ctx.env, node_id))
+def safekeeper_status(ctx: CliContext, node_id: int, as_json: bool) -> int:
+    """Say whether a safekeeper runs; exit status 1 when it does not.
+
+    \b
+    zenith safekeeper status 2 || zenith safekeeper start 2
+    """
+    return show_status(daemons.safekeeper(ctx.env, node_id), as_json)
 
 
 @safekeeper.command("list")
+@json_option
 @pass_context
-def safekeeper_list(ctx: CliContext) -> None:
+def safekeeper_list(ctx: CliContext, as_json: bool) -> None:
     """List the safekeepers: ids, ports, instances of their disks, whether they run.
 
     The generation grows with each change of the safekeepers. Earlier ones are listed as long as
     new computes may need majorities of them, too.
+
+    \b
+    zenith safekeeper list
+    zenith safekeeper list --json
     """
     env = ctx.env
+    if as_json:
+        say_json(_document(env))
+        return
     say(f"generation {env.safekeeper_generation}")
     say("ID\tPG PORT\tHTTP PORT\tINSTANCE\t\t\t\tSTATUS")
     for conf in env.safekeepers:
@@ -96,6 +134,27 @@ def safekeeper_list(ctx: CliContext) -> None:
     for generation in env.earlier_generations:
         ids = ", ".join(str(member.id) for member in generation.members)
         say(f"earlier generation {generation.number}: safekeepers {ids}")
+
+
+def _document(env: LocalEnv) -> dict[str, Any]:
+    """The safekeepers as --json shows them."""
+    return {
+        "generation": env.safekeeper_generation,
+        "safekeepers": [
+            {
+                "id": conf.id,
+                "pg_port": conf.pg_port,
+                "http_port": conf.http_port,
+                "instance": conf.instance or None,
+                "running": daemons.safekeeper(env, conf.id).is_running(),
+            }
+            for conf in env.safekeepers
+        ],
+        "earlier_generations": [
+            {"number": g.number, "safekeepers": [member.id for member in g.members]}
+            for g in env.earlier_generations
+        ],
+    }
 
 
 @safekeeper.command("add")
@@ -116,23 +175,30 @@ def safekeeper_add(
     zenith safekeeper add
     zenith safekeeper add --id 7 --pg-port 5470 --http-port 7690
     """
-    _carry_out(ctx.env, safekeeper_changes.add(ctx.env, node_id, pg_port, http_port))
+    with progress("adding a safekeeper"):
+        change = safekeeper_changes.add(ctx.env, node_id, pg_port, http_port)
+    _carry_out(ctx.env, change)
 
 
 @safekeeper.command("remove")
-@click.argument("node_id", metavar="ID", type=_ID)
+@click.argument("node_id", metavar="ID", type=_ID, shell_complete=complete_safekeepers)
 @_accept_loss
 @pass_context
 def safekeeper_remove(ctx: CliContext, node_id: int, accept_loss: bool) -> None:
     """Take a safekeeper out of the configuration and stop it.
 
     Its directory stays. It can be deleted when a compute was started on each branch since.
+
+    \b
+    zenith safekeeper remove 4
     """
-    _carry_out(ctx.env, safekeeper_changes.remove(ctx.env, node_id, accept_loss=accept_loss))
+    with progress(f"removing safekeeper {node_id}"):
+        change = safekeeper_changes.remove(ctx.env, node_id, accept_loss=accept_loss)
+    _carry_out(ctx.env, change)
 
 
 @safekeeper.command("replace")
-@click.argument("old_id", metavar="OLD_ID", type=_ID)
+@click.argument("old_id", metavar="OLD_ID", type=_ID, shell_complete=complete_safekeepers)
 @click.option("--id", "node_id", type=_ID, help="Id of the new one; default: the next free one.")
 @click.option("--pg-port", type=_PORT, help="Port of the WAL service; default: the next free one.")
 @click.option("--http-port", type=_PORT, help="Port of the HTTP API; default: the next free one.")
@@ -156,9 +222,10 @@ def safekeeper_replace(
     zenith safekeeper replace 2
     zenith safekeeper replace 2 --id 4 --pg-port 5457 --http-port 7679
     """
-    change = safekeeper_changes.replace(
-        ctx.env, old_id, node_id, pg_port, http_port, accept_loss=accept_loss
-    )
+    with progress(f"replacing safekeeper {old_id}"):
+        change = safekeeper_changes.replace(
+            ctx.env, old_id, node_id, pg_port, http_port, accept_loss=accept_loss
+        )
     _carry_out(ctx.env, change)
 
 

@@ -10,6 +10,8 @@ import click
 from control_plane.errors import ControlPlaneError
 from zenith_utils.ids import TenantId, TimelineId
 
+from .completion import branches as complete_branches
+from .completion import timelines as complete_timelines
 from .context import TIMELINE_ID, CliContext, pass_context, say, tenant_option
 from .progress import progress
 
@@ -90,15 +92,32 @@ def storage_verify(ctx: CliContext, path: Path | None, online: bool, names_only:
 
 @storage.command("draw")
 @tenant_option
-@click.option("--branch-name", "--branch", help="Branch to draw; default: main.")
-@click.option("--timeline-id", type=TIMELINE_ID, help="Timeline to draw instead.")
+@click.option(
+    "--branch-name",
+    "--branch",
+    shell_complete=complete_branches,
+    help="Branch to draw; default: main.",
+)
+@click.option(
+    "--timeline-id",
+    type=TIMELINE_ID,
+    shell_complete=complete_timelines,
+    help="Timeline to draw instead.",
+)
 @click.option(
     "--names",
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="Draw the layers named in a text file instead, each with its size if that is known.",
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="FILE.svg")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="FILE.svg",
+    help="Where the picture goes.",
+)
 @pass_context
 def storage_draw(
     ctx: CliContext,

@@ -10,7 +10,10 @@ import click
 from control_plane.pageserver_http import PageserverHttp, Setting
 from zenith_utils.ids import TenantId
 
+from .completion import tenants as complete_tenants
 from .context import TENANT_ID, TIMELINE_ID, CliContext, pass_context, say
+from .progress import progress
+from .tables import json_option, say_json
 
 _SETTINGS = (
     "checkpoint_distance, compaction_period, compaction_threshold, compaction_target_size, "
@@ -44,14 +47,38 @@ def _config_option(help_text: str) -> Callable[[_Function], _Function]:
 
 @click.group()
 def tenant() -> None:
-    """Create, configure and list tenants."""
+    """Create, configure and list tenants.
+
+    A tenant has timelines, branches and settings of its own. `zenith init` makes the first one,
+    which commands without --tenant-id are about.
+
+    \b
+    zenith tenant list
+    zenith tenant config -c 'pitr_interval:7 days'
+    """
 
 
 @tenant.command("list")
+@json_option
 @pass_context
-def tenant_list(ctx: CliContext) -> None:
-    """List the tenants of the pageserver, with their states."""
-    for info in PageserverHttp(ctx.env).tenant_list():
+def tenant_list(ctx: CliContext, as_json: bool) -> None:
+    """List the tenants of the pageserver, with their states.
+
+    \b
+    zenith tenant list
+    zenith tenant list --json
+    """
+    infos = PageserverHttp(ctx.env).tenant_list()
+    if as_json:
+        default = str(ctx.env.default_tenant_id)
+        say_json(
+            [
+                {"tenant_id": i["id"], "state": i["state"], "default": i["id"] == default}
+                for i in infos
+            ]
+        )
+        return
+    for info in infos:
         say(f"{info['id']} {info['state']}")
 
 
@@ -74,16 +101,27 @@ def tenant_create(
     zenith tenant create -c 'pitr_interval:7 days' -c gc_horizon:1073741824
     """
     tenant_id = tenant_id or TenantId.generate()
-    created = PageserverHttp(ctx.env).tenant_create(tenant_id, dict(settings))
+    with progress("creating the tenant"):
+        created = PageserverHttp(ctx.env).tenant_create(tenant_id, dict(settings))
     say(f"tenant {created} successfully created on the pageserver")
 
 
 @tenant.command("config", epilog=f"Settings: {_SETTINGS}.")
-@click.argument("tenant_id", metavar="[TENANT]", type=TENANT_ID, required=False)
+@click.argument(
+    "tenant_id",
+    metavar="[TENANT]",
+    type=TENANT_ID,
+    required=False,
+    shell_complete=complete_tenants,
+)
 @_config_option("Setting to change; without a value the default holds again. May be repeated.")
+@json_option
 @pass_context
 def tenant_config(
-    ctx: CliContext, tenant_id: TenantId | None, settings: tuple[tuple[str, Setting], ...]
+    ctx: CliContext,
+    tenant_id: TenantId | None,
+    settings: tuple[tuple[str, Setting], ...],
+    as_json: bool,
 ) -> None:
     """Change settings of a tenant, at once and for good, and show all of them.
 
@@ -100,6 +138,10 @@ def tenant_config(
         config = pageserver.tenant_configure(tenant_id, dict(settings))
     else:
         config = pageserver.tenant_config(tenant_id)
+    if as_json:
+        keys = ("effective", "overrides")
+        say_json({"tenant_id": str(tenant_id), **{key: config[key] for key in keys}})
+        return
     for key, value in config["effective"].items():
         mark = " (of this tenant)" if key in config["overrides"] else ""
         say(f"{key}: {value}{mark}")

@@ -13,14 +13,26 @@ from control_plane.local_env import DEFAULT_BRANCH, LocalEnv
 from control_plane.pageserver_http import PageserverHttp
 from zenith_utils.ids import TenantId, TimelineId
 
+from .completion import branches as complete_branches
 from .context import CliContext, pass_context, say, tenant_option
+from .progress import progress
+from .tables import json_option, say_json
 from .time_travel import at_option, chosen_lsn
+
+_PLACES = (("L", "local"), ("R", "remote"))
 
 
 @click.group(invoke_without_command=True)
 @click.pass_context
 def timeline(ctx: click.Context) -> None:
-    """Create, branch and list timelines."""
+    """Create, branch and list timelines.
+
+    A branch is a name for a timeline. It costs nothing to make, whatever the size of the database.
+
+    \b
+    zenith timeline branch --branch-name fix
+    zenith timeline list
+    """
     if ctx.invoked_subcommand is None:
         raise ControlPlaneError("no tenant subcommand provided")
 
@@ -38,7 +50,8 @@ def timeline_create(ctx: CliContext, tenant_id: TenantId | None, branch_name: st
     tenant_id = ctx.tenant(tenant_id)
     name = _required(branch_name)
     ctx.env.check_branch_is_free(name, tenant_id)
-    info = PageserverHttp(ctx.env).timeline_create(tenant_id)
+    with progress("creating the timeline"):
+        info = PageserverHttp(ctx.env).timeline_create(tenant_id)
     ctx.env.add_branch(name, tenant_id, TimelineId.parse(info["timeline_id"]))
     say(_created(info, tenant_id))
 
@@ -46,7 +59,13 @@ def timeline_create(ctx: CliContext, tenant_id: TenantId | None, branch_name: st
 @timeline.command("branch")
 @tenant_option
 @click.option("--branch-name", help="Name of the new branch.")
-@click.option("--ancestor-branch-name", default=DEFAULT_BRANCH, show_default=True)
+@click.option(
+    "--ancestor-branch-name",
+    default=DEFAULT_BRANCH,
+    show_default=True,
+    shell_complete=complete_branches,
+    help="Branch to begin on.",
+)
 @click.option("--ancestor-start-lsn", metavar="LSN", help="Where to branch; default: the newest.")
 @at_option("Branch at the state of this time")
 @pass_context
@@ -78,21 +97,53 @@ def timeline_branch(
         "--ancestor-start-lsn",
         "Failed to parse ancestor start Lsn from the request",
     )
-    info = PageserverHttp(ctx.env).timeline_create(
-        tenant_id, ancestor_timeline_id=ancestor, ancestor_start_lsn=lsn
-    )
+    with progress("waiting for the pageserver"):
+        info = PageserverHttp(ctx.env).timeline_create(
+            tenant_id, ancestor_timeline_id=ancestor, ancestor_start_lsn=lsn
+        )
     ctx.env.add_branch(name, tenant_id, TimelineId.parse(info["timeline_id"]))
     say(f"{_created(info, tenant_id)}. Ancestor timeline: '{ancestor_branch_name}'")
 
 
 @timeline.command("list")
 @tenant_option
+@json_option
 @pass_context
-def timeline_list(ctx: CliContext, tenant_id: TenantId | None) -> None:
-    """Draw the tree of a tenant's timelines."""
+def timeline_list(ctx: CliContext, tenant_id: TenantId | None, as_json: bool) -> None:
+    """Draw the tree of a tenant's timelines: where each branch begins, and its id.
+
+    (L) is one that is on the pageserver's disk, (R) one in remote storage, (L+R) in both.
+
+    \b
+    zenith timeline list
+    zenith timeline list --json | jq -r '.[].branch'
+    """
     tenant_id = ctx.tenant(tenant_id)
-    for line in draw_tree(ctx.env, tenant_id, PageserverHttp(ctx.env).timeline_list(tenant_id)):
+    infos = PageserverHttp(ctx.env).timeline_list(tenant_id)
+    if as_json:
+        say_json([_document(ctx.env, tenant_id, info) for info in infos])
+        return
+    for line in draw_tree(ctx.env, tenant_id, infos):
         say(line)
+
+
+def _document(env: LocalEnv, tenant_id: TenantId, info: dict[str, Any]) -> dict[str, Any]:
+    """A timeline as --json shows it."""
+    local = info["local"] or {}
+    ancestor = local.get("ancestor_timeline_id")
+    return {
+        "branch": env.branch_name(tenant_id, TimelineId.parse(info["timeline_id"])),
+        "tenant_id": str(tenant_id),
+        "timeline_id": info["timeline_id"],
+        "ancestor_branch": ancestor and env.branch_name(tenant_id, TimelineId.parse(ancestor)),
+        "ancestor_timeline_id": ancestor,
+        "ancestor_lsn": local.get("ancestor_lsn"),
+        "last_record_lsn": local.get("last_record_lsn"),
+        "disk_consistent_lsn": local.get("disk_consistent_lsn"),
+        "logical_size": local.get("current_logical_size"),
+        "local": bool(info["local"]),
+        "remote": bool(info["remote"]),
+    }
 
 
 def draw_tree(env: LocalEnv, tenant_id: TenantId, infos: list[dict[str, Any]]) -> list[str]:
@@ -107,7 +158,9 @@ def draw_tree(env: LocalEnv, tenant_id: TenantId, infos: list[dict[str, Any]]) -
         elif ancestor in by_id:
             children[ancestor].append(timeline_id)
         else:
-            raise ControlPlaneError(f"missing ancestor {ancestor} of timeline {timeline_id}")
+            raise ControlPlaneError("missing timeline info in the HashMap") from ControlPlaneError(
+                f"ancestor {ancestor} of timeline {timeline_id} is not on the pageserver"
+            )
 
     def label(timeline_id: str) -> str:
         name = env.branch_name(tenant_id, TimelineId.parse(timeline_id)) or "_no_name_"
@@ -120,7 +173,8 @@ def draw_tree(env: LocalEnv, tenant_id: TenantId, infos: list[dict[str, Any]]) -
     while todo:
         timeline_id, levels = todo.pop()
         info = by_id[timeline_id]
-        prefix = "(L+R) " if info["local"] and info["remote"] else "(L) "
+        places = "+".join(place for place, key in _PLACES if info[key])
+        prefix = f"({places or 'L'}) "
         if not levels:
             lines.append(prefix + label(timeline_id))
         else:

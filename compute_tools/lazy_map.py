@@ -23,6 +23,7 @@ from compute_tools._sparse_files import (
     fork_table,
     write_blocks,
 )
+from compute_tools.auth import AUTH_TOKEN_VARIABLE
 from zenith_utils.crc32c import crc32c
 from zenith_utils.ids import TenantId, TimelineId
 from zenith_utils.lsn import Lsn
@@ -145,6 +146,9 @@ def lazyfiles_environment(
 ) -> dict[str, str]:
     """Environment variables that make a Postgres server use the map file.
 
+    The library takes `auth_token` out of the environment at once, so that programs which the
+    server runs do not get it.
+
     `module` is the built lazyfiles library, `pageserver` the (host, port) of the page service,
     `extensions` are the built libraries of extensions, with their other files beside them.
     """
@@ -157,7 +161,7 @@ def lazyfiles_environment(
         "ZENITH_LAZYFILES_TIMELINE": str(timeline_id),
     }
     if auth_token is not None:
-        environment["ZENITH_AUTH_TOKEN"] = auth_token
+        environment[AUTH_TOKEN_VARIABLE] = auth_token
     if extensions:
         environment["ZENITH_LAZYFILES_EXTENSIONS"] = ":".join(str(e.absolute()) for e in extensions)
     return environment

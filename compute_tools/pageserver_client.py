@@ -7,9 +7,10 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from compute_tools.auth import auth_token
 from compute_tools.spec import ComputeSpec, address_text
 from zenith_utils.lsn import Lsn, LsnParseError
-from zenith_utils.pq_client import PqError, connect
+from zenith_utils.pq_client import PqConnection, PqError, connect
 from zenith_utils.zenith_feedback import ZenithFeedback, postgres_timestamp
 
 LEASE_TTL = 60.0
@@ -86,10 +87,9 @@ class PageserverClient:
         Raises PageserverError with the pageserver's own words.
         """
         spec = self._spec
-        host, port = spec.pageserver_pg
         command = f"basebackup {spec.tenant_id} {spec.timeline_id} {lsn}"
         try:
-            connection = connect(host, port, user="no_user", timeout=CONNECT_TIMEOUT)
+            connection = self._connect()
         except (OSError, PqError) as e:
             raise PageserverError(f"connecting to page server failed: {e}") from e
         try:
@@ -103,10 +103,9 @@ class PageserverClient:
     def callmemaybe(self) -> None:
         """Ask the pageserver to fetch WAL from this compute (the mode without safekeepers)."""
         spec = self._spec
-        host, port = spec.pageserver_pg
         source = f"host=127.0.0.1 port={spec.port} user={spec.superuser} dbname=postgres"
         try:
-            connection = connect(host, port, user="no_user", timeout=CONNECT_TIMEOUT)
+            connection = self._connect()
             try:
                 connection.simple_query(f"callmemaybe {spec.tenant_id} {spec.timeline_id} {source}")
             finally:
@@ -127,17 +126,23 @@ class PageserverClient:
         """Give a lease back; it would expire by itself, so this does not wait long."""
         self._http("DELETE", f"/lsn_lease/{lease.lease_id}", timeout=RELEASE_TIMEOUT)
 
+    def _connect(self) -> PqConnection:
+        host, port = self._spec.pageserver_pg
+        return connect(host, port, user="no_user", password=auth_token(), timeout=CONNECT_TIMEOUT)
+
     def _http(
         self, method: str, path: str, body: object = None, *, timeout: float = HTTP_TIMEOUT
     ) -> Any:
         # http.client and not requests: its import would be a tenth of a compute's start.
         host, port = self._spec.pageserver_http
         connection = http.client.HTTPConnection(host, port, timeout=timeout)
+        headers = {"Content-Type": "application/json"}
+        token = auth_token()
+        if token is not None:
+            headers["Authorization"] = f"Bearer {token}"
         try:
             text = None if body is None else json.dumps(body)
-            connection.request(
-                method, self._path + path, body=text, headers={"Content-Type": "application/json"}
-            )
+            connection.request(method, self._path + path, body=text, headers=headers)
             response = connection.getresponse()
             answer = response.read()
         except (OSError, http.client.HTTPException) as e:

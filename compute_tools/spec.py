@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from compute_tools.auth import auth_token, password_placeholder
 from compute_tools.safekeeper_membership import NOT_KNOWN, SafekeeperMembership
 from zenith_utils.ids import TenantId, TimelineId
 from zenith_utils.lsn import Lsn
@@ -53,8 +54,12 @@ class ComputeSpec:
 
     @property
     def pageserver_connstr(self) -> str:
-        """The URL of the page service, as the safekeepers hand it on."""
-        return f"postgresql://no_user:@{address_text(*self.pageserver_pg)}"
+        """The URL of the page service, as the safekeepers hand it on.
+
+        With a variable in the place of the token, if there is one: auth.py.
+        """
+        password = password_placeholder(needed=auth_token() is not None)
+        return f"postgresql://no_user:{password}@{address_text(*self.pageserver_pg)}"
 
     def to_json(self) -> str:
         """The specification as a JSON document."""

@@ -20,6 +20,7 @@ from enum import Enum
 from functools import partial
 
 from compute_tools import datadir, feedback_file, postgres_conf, state
+from compute_tools.auth import auth_token
 from compute_tools.config_files import ConfigFiles, DirectoryWatch
 from compute_tools.feedback_file import FeedbackFile
 from compute_tools.lazy_map import LazyMapError, lazyfiles_environment
@@ -321,6 +322,7 @@ class Supervisor:
                 pageserver=spec.pageserver_pg,
                 tenant_id=spec.tenant_id,
                 timeline_id=spec.timeline_id,
+                auth_token=auth_token(),
                 extensions=(modules.zenith, modules.zenith_test_utils),
             ),
         }

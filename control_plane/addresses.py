@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 from control_plane.errors import ControlPlaneError
 from zenith_utils import daemonize
 
@@ -12,3 +14,16 @@ def parse_address(text: str, default_port: int | None = None) -> tuple[str, int]
         return daemonize.parse_address(text, default_port)
     except daemonize.AddressError as e:
         raise ControlPlaneError(f"{e}: correct the config") from e
+
+
+def can_listen(host: str, port: int) -> bool:
+    """Whether nobody listens at an address of this machine, so that a server could."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as sock:
+        # As servers do: connections of before that are on their way out do not count.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((host, port))
+        except OSError:
+            return False
+    return True

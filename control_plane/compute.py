@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from compute_tools import datadir, postgres_conf, state
-from compute_tools.postgres_process import PostgresError, end_leftovers
+from compute_tools import postgres_conf, state
+from compute_tools.auth import AUTH_TOKEN_VARIABLE, password_placeholder
 from compute_tools.safekeeper_membership import NOT_KNOWN
 from compute_tools.spec import ComputeSpec, SpecError, address_text
-from control_plane import membership, node_safekeepers
+from control_plane import auth, membership, node_safekeepers
 from control_plane.addresses import parse_address
 from control_plane.environment import daemon_environment
 from control_plane.errors import ControlPlaneError
@@ -77,6 +77,18 @@ class Compute:
         return self.env.pgdata_dirs(self.tenant_id) / self.name
 
     @property
+    def read_only(self) -> bool:
+        """Whether it refuses writes: it stays at an LSN, or follows its branch."""
+        return self.lsn is not None or self.hot_standby
+
+    @property
+    def kind(self) -> str:
+        """What it can do: read-write, read-only (stays at its LSN) or hot standby."""
+        if self.hot_standby:
+            return "hot standby"
+        return "read-write" if self.lsn is None else "read-only"
+
+    @property
     def state_dir(self) -> Path:
         """The supervisor's directory."""
         return self.env.compute_state_dir(self.tenant_id, self.name)
@@ -101,6 +113,12 @@ class Compute:
         self._wait_for_earlier_end()
         if state.read(self.state_dir).supervisor_pid is not None:
             raise ControlPlaneError("The node is already running")
+        environment = {
+            **daemon_environment(),
+            "PATH": os.environ.get("PATH", os.defpath),
+        }
+        if auth.needs_token(self.env):
+            environment[AUTH_TOKEN_VARIABLE] = auth.tenant_token(self.env, self.tenant_id)
         _make_directory(self.state_dir)
         spec_path = self.state_dir / "spec.json"
         write_file_durably(spec_path, self._spec().to_json().encode(), sync=False, mode=0o644)
@@ -121,7 +139,7 @@ class Compute:
                     stderr=log,
                     pass_fds=(write_fd,),
                     start_new_session=True,
-                    env={**daemon_environment(), "PATH": os.environ.get("PATH", os.defpath)},
+                    env=environment,
                     cwd=self.state_dir,
                 )
             finally:
@@ -148,6 +166,10 @@ class Compute:
             self._destroy()
 
     def _destroy(self) -> None:
+        # Here and not above: most commands do without these modules, and start sooner.
+        from compute_tools import datadir
+        from compute_tools.postgres_process import PostgresError, end_leftovers
+
         _make_directory(self.state_dir)
         try:
             lock = state.lock(self.state_dir)
@@ -355,6 +377,8 @@ class ComputeControlPlane:
         for old in (self._env.repo_dir / "computes" / str(tenant_id)).glob("*/pgdata.old"):
             state_dir, pgdata = old.parent, self._env.pgdata_dirs(tenant_id) / old.parent.name
             if not pgdata.exists() and state.read(state_dir).supervisor_pid is None:
+                from compute_tools import datadir
+
                 datadir.recover_swap(pgdata, state_dir)
 
     def _load(self, tenant_id: TenantId, name: str) -> Compute:
@@ -381,6 +405,7 @@ class ComputeControlPlane:
 def postgresql_conf(compute: Compute) -> str:
     """The postgresql.conf of a new node."""
     pageserver = address_text(*parse_address(compute.env.pageserver.listen_pg_addr))
+    password = password_placeholder(needed=auth.needs_token(compute.env))
     settings: dict[str, object] = {
         "max_wal_senders": 10,
         "wal_log_hints": "off",
@@ -395,7 +420,7 @@ def postgresql_conf(compute: Compute) -> str:
         "port": compute.port,
         "wal_keep_size": "10TB",
         "shared_preload_libraries": "zenith",
-        "zenith.page_server_connstring": f"postgresql://no_user:@{pageserver}",
+        "zenith.page_server_connstring": f"postgresql://no_user:{password}@{pageserver}",
         "zenith.zenith_tenant": compute.tenant_id,
         "zenith.zenith_timeline": compute.timeline_id,
     }

@@ -40,13 +40,24 @@ class Answer:
 
 
 def request(
-    address: tuple[str, int], method: str, path: str, body: object = None, *, timeout: float
+    address: tuple[str, int],
+    method: str,
+    path: str,
+    body: object = None,
+    *,
+    timeout: float,
+    token: str = "",
 ) -> Answer:
-    """Send a request, with `body` as JSON, and wait for the answer. Raises UnreachableError."""
+    """Send a request, with `body` as JSON, and wait for the answer. Raises UnreachableError.
+
+    `token` proves to the server who we are, if there is one.
+    """
     host, port = address
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}{path}"
     connection = http.client.HTTPConnection(host, port, timeout=timeout)
     headers = {"Content-Type": "application/json"}
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
     try:
         text = None if body is None else json.dumps(body)
         connection.request(method, path, body=text, headers=headers)

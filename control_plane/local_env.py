@@ -14,14 +14,23 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from control_plane.errors import ControlPlaneError
+from control_plane.errors import ConfigError, ControlPlaneError
 from zenith_utils.durable import write_file_durably
 from zenith_utils.ids import TenantId, TimelineId
 
 DEFAULT_BRANCH = "main"
 DEFAULT_REPO_DIR = ".zenith"
 CONFIG_FILE = "config"
+PRIVATE_KEY_FILE = "auth_private_key.pem"
+PUBLIC_KEY_FILE = "auth_public_key.pem"
 
+_TOP_LEVEL = frozenset(
+    (
+        *("default_tenant_id", "pg_distrib_dir", "zenith_distrib_dir", "private_key_path"),
+        *("pageserver", "safekeepers", "safekeeper_generation", "branch_name_mappings"),
+        "earlier_safekeeper_generations",
+    )
+)
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _HEADER = """\
 # This file describes a local environment of Zenith.
@@ -38,7 +47,8 @@ class PageserverConf:
     listen_pg_addr: str = "127.0.0.1:64000"
     listen_http_addr: str = "127.0.0.1:9898"
     auth_type: str = "Trust"
-    auth_token: str = ""
+    auth_token: str = field(default="", repr=False)
+    """What the command line proves with that it may do everything."""
 
 
 @dataclass(slots=True)
@@ -94,7 +104,8 @@ class LocalEnv:
     pg_distrib_dir: Path
     zenith_distrib_dir: Path
     default_tenant_id: TenantId | None = None
-    private_key_path: str = "auth_private_key.pem"
+    private_key_path: str = PRIVATE_KEY_FILE
+    """Relative to the repository."""
     pageserver: PageserverConf = field(default_factory=PageserverConf)
     safekeepers: list[SafekeeperConf] = field(default_factory=list)
     safekeeper_generation: int = 0
@@ -108,6 +119,16 @@ class LocalEnv:
     def config_path(self) -> Path:
         """The configuration file."""
         return self.repo_dir / CONFIG_FILE
+
+    @property
+    def private_key_file(self) -> Path:
+        """The key that tokens are signed with."""
+        return self.repo_dir / self.private_key_path
+
+    @property
+    def public_key_file(self) -> Path:
+        """The key that the pageserver checks them with."""
+        return self.repo_dir / PUBLIC_KEY_FILE
 
     def safekeeper_dir(self, node_id: int) -> Path:
         """Work directory of a safekeeper."""
@@ -126,7 +147,8 @@ class LocalEnv:
         for conf in self.safekeepers:
             if conf.id == node_id:
                 return conf
-        raise ControlPlaneError(f"could not find safekeeper '{node_id}'")
+        known = ", ".join(str(conf.id) for conf in self.safekeepers) or "none"
+        raise ControlPlaneError(f"could not find safekeeper '{node_id}': the config has {known}")
 
     # Branch names
 
@@ -134,8 +156,21 @@ class LocalEnv:
         """Timeline of a branch; raises ControlPlaneError."""
         timeline_id = self.branches.get(name, {}).get(tenant_id)
         if timeline_id is None:
-            raise ControlPlaneError(f"Found no timeline id for branch name '{name}'")
+            raise ControlPlaneError(
+                f"Found no timeline id for branch name '{name}'{self._similar(name, tenant_id)}"
+            )
         return timeline_id
+
+    def _similar(self, name: str, tenant_id: TenantId) -> str:
+        """What may have been meant by the name of a branch that does not exist."""
+        from difflib import get_close_matches
+
+        names = [known for known, timelines in self.branches.items() if tenant_id in timelines]
+        similar = get_close_matches(name, names)
+        if similar:
+            return f". Did you mean {' or '.join(similar)}?"
+        option = "" if tenant_id == self.default_tenant_id else f" --tenant-id {tenant_id}"
+        return f": see 'zenith timeline list{option}'"
 
     def check_branch_is_free(
         self, name: str, tenant_id: TenantId, timeline_id: TimelineId | None = None
@@ -229,16 +264,16 @@ class LocalEnv:
 
     @classmethod
     def load(cls, repo_dir: Path) -> LocalEnv:
-        """Read the environment of a repository; raises ControlPlaneError."""
+        """Read the environment of a repository; raises ConfigError."""
         path = repo_dir / CONFIG_FILE
         if not path.is_file():
-            raise ControlPlaneError("Error loading config") from ControlPlaneError(
+            raise ConfigError("Error loading config") from ControlPlaneError(
                 f"Zenith config is not found in {repo_dir}. You need to run 'zenith init' first"
             )
         try:
             return cls.parse(path.read_text(encoding="utf-8"), repo_dir)
         except (OSError, UnicodeDecodeError, ControlPlaneError) as e:
-            raise ControlPlaneError("Error loading config") from e
+            raise ConfigError("Error loading config") from e
 
     @classmethod
     def parse(cls, text: str, repo_dir: Path) -> LocalEnv:
@@ -273,7 +308,7 @@ class LocalEnv:
                 document.get("zenith_distrib_dir") or default_zenith_distrib_dir()
             ).absolute(),
             default_tenant_id=None if tenant is None else TenantId.parse(tenant),
-            private_key_path=document.get("private_key_path", "auth_private_key.pem"),
+            private_key_path=document.get("private_key_path", PRIVATE_KEY_FILE),
             pageserver=_known(PageserverConf, document.get("pageserver", {})),
             safekeepers=safekeepers,
             safekeeper_generation=generation,
@@ -310,6 +345,19 @@ def _quoted(value: object) -> str:
 def _escaped(text: str) -> str:
     """A basic TOML string; its escapes are a superset of JSON's."""
     return json.dumps(text, ensure_ascii=False)
+
+
+def unknown_keys(document: dict[str, Any]) -> list[str]:
+    """Keys of a configuration that mean nothing, as `table.key`."""
+    unknown = sorted(document.keys() - _TOP_LEVEL)
+    tables: list[tuple[str, Any, type]] = [
+        ("pageserver", document.get("pageserver", {}), PageserverConf)
+    ]
+    tables += [("safekeepers", table, SafekeeperConf) for table in document.get("safekeepers", [])]
+    for name, table, kind in tables:
+        known = {f.name for f in fields(kind)}
+        unknown += [f"{name}.{key}" for key in sorted(table.keys() - known)]
+    return list(dict.fromkeys(unknown))
 
 
 def repo_dir_from_environment() -> Path:

@@ -26,6 +26,7 @@ class PageserverHttp:
 
     def __init__(self, env: LocalEnv) -> None:
         self._address = parse_address(env.pageserver.listen_http_addr)
+        self._token = env.pageserver.auth_token
 
     def tenant_list(self) -> list[dict[str, Any]]:
         """Tenants with their states."""
@@ -87,7 +88,9 @@ class PageserverHttp:
     def _request(self, method: str, path: str, kind: type, body: object = None) -> Any:
         timeout = TIMEOUT if method == "GET" else CREATE_TIMEOUT
         try:
-            answer = http_client.request(self._address, method, f"/v1{path}", body, timeout=timeout)
+            answer = http_client.request(
+                self._address, method, f"/v1{path}", body, timeout=timeout, token=self._token
+            )
         except http_client.UnreachableError as e:
             raise ControlPlaneError(
                 "the pageserver does not answer: is it running? ('zenith start')"

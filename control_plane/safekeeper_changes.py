@@ -7,20 +7,20 @@ directory that nobody knows, or nodes that follow at their next start.
 
 from __future__ import annotations
 
-import socket
 import subprocess
 from dataclasses import dataclass
 from dataclasses import replace as copy
 from functools import partial
 
 from control_plane import daemons, membership, node_safekeepers
-from control_plane.addresses import parse_address
+from control_plane.addresses import can_listen, parse_address
 from control_plane.compute import ComputeControlPlane
 from control_plane.daemons import Daemon
 from control_plane.environment import daemon_environment
 from control_plane.errors import ControlPlaneError
 from control_plane.local_env import LocalEnv, SafekeeperConf
 
+_HOST = "127.0.0.1"
 _LAST_PORT = 65535
 
 
@@ -165,24 +165,14 @@ def _port(name: str, given: int | None, taken: set[int], others: list[int], firs
     if given is not None:
         if given in taken:
             raise ControlPlaneError(f"{name} {given} belongs to another server of this environment")
-        if _listens(given):
+        if not can_listen(_HOST, given):
             raise ControlPlaneError(f"{name} {given} is in use: somebody listens there")
         return given
     start = max(others, default=first - 1) + 1
     for port in range(start, _LAST_PORT + 1):
-        if port not in taken and not _listens(port):
+        if port not in taken and can_listen(_HOST, port):
             return port
     raise ControlPlaneError(f"no port above {start} is free: choose one with {name}")
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            sock.bind(("127.0.0.1", port))
-        except OSError:
-            return True
-    return False
 
 
 def _check_lost(env: LocalEnv, conf: SafekeeperConf) -> None:

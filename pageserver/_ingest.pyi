@@ -9,6 +9,7 @@ NEED_INPUT: int
 NEED_SIZE: int
 NEED_DATABASE: int
 NEED_HANDLER: int
+RECORD_DONE: int
 BAD_WAL: int
 BAD_RECORD: int
 
@@ -21,6 +22,7 @@ class IngestLoop:
     commit_time: int
     clock_sets: int
     dirty: bool
+    stepwise: bool
     done_lsn: int
     done_start: int
     records: int

@@ -56,6 +56,7 @@ cdef enum:                       # results of run()
     _NEED_SIZE = 1
     _NEED_DATABASE = 2
     _NEED_HANDLER = 3
+    _RECORD_DONE = 4
     _BAD_WAL = -1
     _BAD_RECORD = -2
     _PUT_FAILED = -3
@@ -64,6 +65,7 @@ NEED_INPUT = _NEED_INPUT
 NEED_SIZE = _NEED_SIZE
 NEED_DATABASE = _NEED_DATABASE
 NEED_HANDLER = _NEED_HANDLER
+RECORD_DONE = _RECORD_DONE
 BAD_WAL = _BAD_WAL
 BAD_RECORD = _BAD_RECORD
 
@@ -100,6 +102,7 @@ cdef class IngestLoop:
     cdef Record record
     cdef bint pending            # `record` is not completely applied
     cdef readonly bint dirty     # ... but some of its values are in the layer
+    cdef public bint stepwise    # stop after each record
 
     cdef Effects effects         # what classify() found out about it
 
@@ -144,6 +147,7 @@ cdef class IngestLoop:
     def run(self, const uint8_t[::1] data=None):
         """Ingest `data`, or go on with the rest of it.
 
+        RECORD_DONE comes after each record if `stepwise` is set, but for those Python handles.
         `data` must stay valid until NEED_INPUT or an error is returned. Returns one of the status
         constants; whatever it asks for must be done before the next call, which goes on there.
         """
@@ -250,6 +254,8 @@ cdef class IngestLoop:
             if rc:
                 return rc
             self._finish()
+            if self.stepwise:
+                return _RECORD_DONE
 
     cdef inline void _finish(self) noexcept nogil:
         self.done_lsn = self.record.end_lsn

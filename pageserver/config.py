@@ -8,6 +8,7 @@ defaults, see ``tenant_config.py``: each tenant may have other values, which may
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -72,13 +73,22 @@ DEFAULT_CONFIG_FILE = f"""\
 #initial_superuser_name = '{DEFAULT_SUPERUSER}'
 #initdb_options = []  # e.g. ['--data-checksums']
 
+# 'ZenithJWT': every client needs a token that was signed with the private key of this public one.
 #auth_type = 'Trust'
+#auth_validation_public_key_path = 'auth_public_key.pem'
 
-# [remote_storage]
+# Where layers would be uploaded to; this version checks the settings and uploads nothing.
+# [remote_storage]  # local_path = '...', or:
+# bucket_name = '...'
+# bucket_region = '...'
+# prefix_in_bucket, endpoint, access_key_id, secret_access_key
+# max_concurrent_sync = 100
+# max_sync_errors = 10
 
 """
 
 _AUTH_TYPES = ("Trust", "MD5", "ZenithJWT")
+_PUBLIC_KEY_FILE = "auth_public_key.pem"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +104,13 @@ class RemoteStorageConf:
     secret_access_key: str | None
     max_concurrent_sync: int
     max_sync_errors: int
+
+    def __str__(self) -> str:
+        """The place, without secrets."""
+        if self.local_path is not None:
+            return f"the directory {self.local_path}"
+        prefix = f" below {self.prefix_in_bucket}/" if self.prefix_in_bucket else ""
+        return f"the bucket {self.bucket_name}{prefix}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +143,7 @@ class PageServerConf:
     pg_distrib_dir: Path | None
     auth_type: str
     auth_validation_public_key_path: Path | None
+    """Where the public keys are that tokens are checked with; set with ``ZenithJWT``."""
     remote_storage: RemoteStorageConf | None
 
     @property
@@ -189,7 +207,9 @@ def parse_config(document: Mapping[str, Any], workdir: Path) -> PageServerConf:
     try:
         return _parse(document, workdir)
     except ConfigError as error:
-        raise ConfigError("Failed to parse pageserver configuration") from error
+        invalid = ConfigError("invalid config")
+        invalid.__cause__ = error
+        raise ConfigError("Failed to parse pageserver configuration") from invalid
 
 
 def _parse(document: Mapping[str, Any], workdir: Path) -> PageServerConf:
@@ -197,7 +217,6 @@ def _parse(document: Mapping[str, Any], workdir: Path) -> PageServerConf:
     node_id = table.integer("id", -1)
     distrib_dir = table.string("pg_distrib_dir")
     auth_type = table.choice("auth_type", "Trust", _AUTH_TYPES)
-    key_path = table.string("auth_validation_public_key_path")
     conf = PageServerConf(
         id=node_id,
         workdir=workdir,
@@ -220,13 +239,28 @@ def _parse(document: Mapping[str, Any], workdir: Path) -> PageServerConf:
         layer_index_memory_limit=table.integer("layer_index_memory_limit", 256 << 20),
         pg_distrib_dir=workdir / distrib_dir if distrib_dir else None,
         auth_type=auth_type,
-        auth_validation_public_key_path=workdir / key_path if key_path else None,
+        auth_validation_public_key_path=_public_key_path(table, auth_type, workdir),
         remote_storage=_remote_storage(table.table("remote_storage"), workdir),
     )
     table.refuse_unknown()
     if node_id < 0:
         raise ConfigError("missing id")
     return conf
+
+
+def _public_key_path(table: ConfigTable, auth_type: str, workdir: Path) -> Path | None:
+    name = table.string("auth_validation_public_key_path")
+    if auth_type == "MD5":
+        raise ConfigError(
+            "auth_type 'MD5' is not supported: the pageserver has no users with passwords. Use "
+            "'ZenithJWT', or 'Trust' where the network is trusted"
+        )
+    if auth_type == "Trust":
+        return workdir / name if name else None
+    path = workdir / (name or _PUBLIC_KEY_FILE)
+    if not path.is_file():
+        raise ConfigError(f"Can't find auth_validation_public_key at '{path}'")
+    return path
 
 
 def _address(table: ConfigTable, key: str, default: str) -> str:
@@ -258,7 +292,7 @@ def _remote_storage(table: ConfigTable | None, workdir: Path) -> RemoteStorageCo
         bucket_name=bucket,
         bucket_region=region,
         prefix_in_bucket=prefix.strip("/") if prefix else None,
-        endpoint=table.string("endpoint"),
+        endpoint=_endpoint(table),
         access_key_id=table.string("access_key_id"),
         secret_access_key=table.string("secret_access_key"),
         max_concurrent_sync=table.integer("max_concurrent_sync", 100, minimum=1),
@@ -268,11 +302,21 @@ def _remote_storage(table: ConfigTable | None, workdir: Path) -> RemoteStorageCo
     return conf
 
 
-def refuse_unsupported(conf: PageServerConf) -> None:
-    """Fails closed on settings this version cannot honour. Raises ConfigError."""
-    if conf.auth_type != "Trust":
+def _endpoint(table: ConfigTable) -> str | None:
+    url = table.string("endpoint")
+    if url is not None and not re.fullmatch(r"https?://[^/\s]+\S*", url):
         raise ConfigError(
-            f"auth_type '{conf.auth_type}' is not supported yet in this version, use 'Trust'"
+            f"configure option remote_storage.endpoint: '{url}' is not a URL such as"
+            " 'http://127.0.0.1:9000'"
         )
-    if conf.remote_storage is not None:
-        raise ConfigError("remote_storage is not supported yet in this version, remove it")
+    return url
+
+
+def ineffective_settings(conf: PageServerConf) -> list[str]:
+    """Warnings about settings that are right and yet do nothing in this version."""
+    if conf.remote_storage is None:
+        return []
+    return [
+        f"remote_storage is set to {conf.remote_storage}, but this version does not upload"
+        " anything: the layers are on the local disk only"
+    ]

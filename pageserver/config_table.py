@@ -41,7 +41,9 @@ class ConfigTable:
 
     def choice(self, key: str, default: str, allowed: tuple[str, ...]) -> str:
         """One of a few texts."""
-        value = self.required_string(key, default)
+        value = self.string(key)
+        if value is None:
+            return default
         if value not in allowed:
             raise ConfigError(f"invalid {self._prefix}{key} '{value}', expected one of {allowed}")
         return value

@@ -68,7 +68,7 @@ class LazyReconstruct:
                     control_file=self.control_file,
                     max_processes=self._conf.max_redo_processes,
                     timeout=self._conf.wal_redo_timeout,
-                    waited=self._metrics.wal_redo_wait_time.observe,
+                    waited=self._metrics.wal_redo_wait_time.labels().observe,
                 )
                 self._reconstruct = make_reconstruct(self._metrics.measured_redo(self._pool))
             return self._reconstruct

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pageserver import config
 from pageserver.config import PageServerConf
@@ -19,14 +19,16 @@ from zenith_utils.ids import TenantId, TimelineId
 from zenith_utils.log import init_logging
 from zenith_utils.lsn import Lsn
 from zenith_utils.pid_file import PidFile
+from zenith_utils.quick_start import no_collection
 from zenith_utils.shutdown import IMMEDIATE_EXIT_CODE, Shutdown, ShutdownMode
-from zenith_utils.version import version_text
+from zenith_utils.version import VersionAction, version_text
 
 if TYPE_CHECKING:
     import socket
 
     from pageserver.tenants import TenantManager
     from postgres_ffi.distrib import PgDistrib
+    from zenith_utils.jwt_tokens import TokenVerifier
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +62,7 @@ def _parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         description="Materializes WAL stream to pages and serves them to the postgres",
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=version_text("pageserver"))
+    parser.add_argument("--version", action=VersionAction)
     parser.add_argument(
         "-D", "--workdir", metavar="DIR", default=".zenith", help="working directory"
     )
@@ -101,7 +103,7 @@ def _run(args: argparse.Namespace) -> int:
         _init(workdir, args.overrides, args.create_tenant, args.initial_timeline_id)
         return 0
     document = config.merge_overrides(config.load_document(workdir), args.overrides, init=False)
-    return _serve(_checked(document, workdir), daemon=args.daemonize)
+    return _serve(config.parse_config(document, workdir), daemon=args.daemonize)
 
 
 def _enter_workdir(path: Path) -> Path:
@@ -117,10 +119,9 @@ def _enter_workdir(path: Path) -> Path:
     return workdir
 
 
-def _checked(document: dict[str, Any], workdir: Path) -> PageServerConf:
-    conf = config.parse_config(document, workdir)
-    config.refuse_unsupported(conf)
-    return conf
+def _warn_of_ineffective_settings(conf: PageServerConf) -> None:
+    for warning in config.ineffective_settings(conf):
+        print(f"Warning: {warning}", file=sys.stderr)
 
 
 def _find_distrib(conf: PageServerConf) -> PgDistrib:
@@ -140,14 +141,17 @@ def _init(
     if path.exists():
         raise StartError(f"pageserver config '{path}' exists already, cannot init again")
     document = config.merge_overrides({}, overrides, init=True)
-    conf = _checked(document, workdir)
+    conf = config.parse_config(document, workdir)
     distrib = _find_distrib(conf)
+    _warn_of_ineffective_settings(conf)
     init_logging(workdir / LOG_FILE_NAME, os.environ.get("RUST_LOG"))
     log.info("version: %s", version_text("pageserver"))
     conf.tenants_path.mkdir(exist_ok=True)
     if tenant_id is not None:
         _init_tenant(conf, distrib, tenant_id, timeline_id or TimelineId.generate())
-    write_file_durably(path, config.dump_document(document).encode(), mode=0o644)
+    # Nobody else is to read what remote storage takes to get in.
+    mode = 0o644 if conf.remote_storage is None else 0o600
+    write_file_durably(path, config.dump_document(document).encode(), mode=mode)
     print("pageserver init succeeded")
 
 
@@ -172,7 +176,11 @@ def _init_tenant(
 
 def _serve(conf: PageServerConf, *, daemon: bool) -> int:
     """Runs the server until it is told to stop; the exit status."""
+    from pageserver.auth import load_verifier
+
     distrib = _find_distrib(conf)
+    verifier = load_verifier(conf)
+    _warn_of_ineffective_settings(conf)
     # Bound before going into the background: whoever started us may connect when we return, and
     # sees on its terminal why if we cannot listen.
     http_socket = _bind(conf.listen_http_addr)
@@ -187,7 +195,7 @@ def _serve(conf: PageServerConf, *, daemon: bool) -> int:
         pid_file.write()
         init_logging(None, os.environ.get("RUST_LOG"))
     try:
-        return _Server(conf, distrib, pg_socket, http_socket).run()
+        return _Server(conf, distrib, verifier, pg_socket, http_socket).run()
     finally:
         pid_file.close()
 
@@ -203,23 +211,40 @@ class _Server:
         self,
         conf: PageServerConf,
         distrib: PgDistrib,
+        verifier: TokenVerifier | None,
         pg_socket: socket.socket,
         http_socket: socket.socket,
     ) -> None:
+        """`verifier` checks the tokens of clients, None if they need none."""
         self._conf = conf
         self._distrib = distrib
+        self._verifier = verifier
         self._pg_socket = pg_socket
         self._http_socket = http_socket
 
     def run(self) -> int:
         """Serves until a signal or a failure asks for the end; the exit status."""
-        from pageserver.tenants import TenantManager
-
         log.info("version: %s", version_text("pageserver"))
+        for warning in config.ineffective_settings(self._conf):
+            log.warning("%s", warning)
         sys.setswitchinterval(SWITCH_INTERVAL)
         shutdown = Shutdown()
         shutdown.install()
         shutdown.guard_threads()
+        with no_collection():
+            stop = self._start()
+        if shutdown.wait() is ShutdownMode.IMMEDIATE:
+            # As after a crash: nothing is flushed, the next start recovers.
+            logging.shutdown()
+            os._exit(IMMEDIATE_EXIT_CODE)
+        clean = stop()
+        log.info("pageserver stopped")
+        return 0 if clean and not shutdown.failed else 1
+
+    def _start(self) -> Callable[[], bool]:
+        """Loads the tenants and opens the doors; returns what closes them, as below."""
+        from pageserver.tenants import TenantManager
+
         tenants = TenantManager(self._conf, self._distrib)
         tenants.load()
         stop = self._start_services(tenants)
@@ -229,28 +254,29 @@ class _Server:
             self._conf.listen_pg_addr,
             self._conf.listen_http_addr,
         )
-        if shutdown.wait() is ShutdownMode.IMMEDIATE:
-            # As after a crash: nothing is flushed, the next start recovers.
-            logging.shutdown()
-            os._exit(IMMEDIATE_EXIT_CODE)
-        clean = stop()
-        log.info("pageserver stopped")
-        return 0 if clean and not shutdown.failed else 1
+        return stop
 
     def _start_services(self, tenants: TenantManager) -> Callable[[], bool]:
         """Opens the doors; returns what closes them and tells whether everything is durable."""
+        from pageserver.auth import page_service_auth
+        from pageserver.failpoints import release_failpoints
+        from pageserver.http.auth import http_gate
         from pageserver.http.routes import start_http
         from pageserver.page_service import PageServiceHandler
         from zenith_utils.postgres_backend import PostgresServer
 
         pages = PostgresServer(
-            self._pg_socket, lambda: PageServiceHandler(tenants), name="page service"
+            self._pg_socket,
+            lambda: PageServiceHandler(tenants),
+            name="page service",
+            auth=page_service_auth(self._verifier),
         )
         tenants.metrics.count_page_connections = lambda: pages.connections
-        http = start_http(self._http_socket, tenants)
+        http = start_http(self._http_socket, tenants, http_gate(self._verifier))
         pages.start()
 
         def stop() -> bool:
+            release_failpoints()
             # HTTP last: its silence is how others see that everything is written.
             pages.stop(STOP_DEADLINE)
             clean = tenants.shutdown()

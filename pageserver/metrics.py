@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from pageserver.layered_repository.io_stats import IoStats
 from zenith_utils.metrics import DURATION_BUCKETS, IntegerFamily, Metrics
 
 if TYPE_CHECKING:
@@ -17,9 +18,13 @@ if TYPE_CHECKING:
     from pageserver.reconstruct import PageRedo
     from pageserver.timelines import TimelineHandle
     from pageserver.walredo import RedoRequest
+    from zenith_utils.ids import TenantId, TimelineId
 
 _QUERY_BUCKETS = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 5e-2, 0.1, 0.5, 1.0, 5.0)
 _WORK_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
+_IO_BUCKETS = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
+# In the order of the arguments of IoStats.
+_IO_OPERATIONS = ("open", "read", "write", "fsync")
 _TIMELINE = ("tenant_id", "timeline_id")
 
 
@@ -58,6 +63,15 @@ class PageserverMetrics(Metrics):
         self._wal_records_replayed = self.counter(
             "wal_records_replayed", "Number of WAL records applied to pages"
         )
+        self._io_time = self.histogram(
+            "io_time",
+            "Time of a system call on a layer file, in seconds",
+            ("operation", *_TIMELINE),
+            _IO_BUCKETS,
+        )
+        self._io_stats: dict[tuple[str, str], IoStats] = {}
+        self.add_source(self._io_sizes)
+        self._add_remote_storage()
         self.count_page_connections: Callable[[], int] = lambda: 0
         """Number of clients of the page service, asked at every scrape."""
         self._wal_receivers = 0
@@ -80,9 +94,50 @@ class PageserverMetrics(Metrics):
             labels = self._storage_time.labels(operation, str(tenant_id), str(timeline_id))
             labels.observe(time.perf_counter() - started)
 
+    def io_stats(self, tenant_id: TenantId, timeline_id: TimelineId) -> IoStats:
+        """What counts the input and output of a timeline's layer files."""
+        labels = str(tenant_id), str(timeline_id)
+        stats = self._io_stats.get(labels)
+        if stats is None:
+            cells = (self._io_time.labels(name, *labels) for name in _IO_OPERATIONS)
+            stats = self._io_stats.setdefault(labels, IoStats(*cells))
+        return stats
+
+    def _io_sizes(self) -> list[IntegerFamily]:
+        family = IntegerFamily(
+            "pageserver_io_size",
+            "Bytes read from and written to layer files",
+            ("operation", *_TIMELINE),
+            kind="counter",
+        )
+        for labels, stats in list(self._io_stats.items()):
+            family.add(stats.bytes_read, "read", *labels)
+            family.add(stats.bytes_written, "write", *labels)
+        return [family]
+
+    def _add_remote_storage(self) -> None:
+        """What there is to say while nothing is uploaded, so that dashboards find the names."""
+        self.gauge(
+            "remote_storage_remaining_sync_items", "Number of uploads and downloads that wait"
+        )
+        self.counter(
+            "remote_storage_fatal_task_failures", "Number of uploads and downloads given up"
+        )
+        times = self.histogram(
+            "remote_storage_image_sync_time",
+            "Time of an upload or download, in seconds",
+            ("operation_kind", "status"),
+            _WORK_BUCKETS,
+        )
+        for operation in ("upload", "download"):
+            for status in ("success", "failure"):
+                times.labels(operation, status)
+
     def measured_redo(self, redo: PageRedo) -> PageRedo:
         """``redo`` with its calls measured."""
-        return _MeasuredRedo(redo, self._wal_redo_time.observe, self._wal_records_replayed.inc)
+        return _MeasuredRedo(
+            redo, self._wal_redo_time.labels().observe, self._wal_records_replayed.inc
+        )
 
     def watch_store(
         self, resources: StoreResources, timelines: Callable[[], Iterable[TimelineHandle]]

@@ -6,11 +6,14 @@ import logging
 import time
 from collections.abc import Callable
 
+from pageserver.auth import Permission, authorize
 from pageserver.basebackup import send_basebackup
+from pageserver.failpoints import set_failpoints
 from pageserver.pagestream import PageStream
 from pageserver.tenant import TenantError
 from pageserver.tenants import TenantManager
 from pageserver.timelines import LsnNotReadableError, TimelineHandle
+from zenith_utils.failpoints import FailpointError, FailpointFormatError
 from zenith_utils.ids import IdParseError, TenantId, TimelineId
 from zenith_utils.lsn import Lsn, LsnParseError, lsn_text
 from zenith_utils.postgres_backend import INT8_OID, Column, Connection, QueryError
@@ -18,7 +21,28 @@ from zenith_utils.postgres_backend import INT8_OID, Column, Connection, QueryErr
 log = logging.getLogger(__name__)
 
 # Errors a command may end with by itself; anything else is a defect and logged with its trace.
-_EXPECTED = (TenantError, LsnNotReadableError)
+_EXPECTED = (TenantError, LsnNotReadableError, FailpointError)
+
+# Commands whose last word is a text with blanks of its own, and how many blanks come before it.
+_LAST_WORD = {"callmemaybe": 3, "failpoints": 1}
+
+# What a command needs of its client's token; one that is not here is for the management.
+PERMISSIONS = {
+    "set": Permission.ANY,
+    "failpoints": Permission.MANAGEMENT,
+    **dict.fromkeys(
+        (
+            "pagestream",
+            "basebackup",
+            "callmemaybe",
+            "checkpoint",
+            "compact",
+            "do_gc",
+            "wal_position",
+        ),
+        Permission.TENANT,
+    ),
+}
 
 
 class PageServiceHandler:
@@ -33,6 +57,7 @@ class PageServiceHandler:
             "checkpoint": self._checkpoint,
             "compact": self._compact,
             "do_gc": self._do_gc,
+            "failpoints": self._failpoints,
             "set": self._set,
             "wal_position": self._wal_position,
         }
@@ -44,14 +69,13 @@ class PageServiceHandler:
         """Runs one command. Raises QueryError with the text for the client."""
         words = query.strip().rstrip(";").split()
         command = words[0].lower() if words else ""
-        if command == "failpoints":
-            raise QueryError(f"{command} is not supported yet in this version", sqlstate="0A000")
         run = self._commands.get(command)
         if run is None:
             raise QueryError("unknown command", sqlstate="42601")
+        authorize(conn, PERMISSIONS[command], words)
         try:
-            # callmemaybe carries a connection string that has blanks of its own.
-            run(conn, query.strip().split(maxsplit=3) if command == "callmemaybe" else words)
+            blanks = _LAST_WORD.get(command)
+            run(conn, words if blanks is None else query.strip().split(maxsplit=blanks))
         except _EXPECTED as error:
             raise QueryError(str(error)) from error
 
@@ -113,6 +137,13 @@ class PageServiceHandler:
         }
         conn.send_row_description([Column(name, INT8_OID) for name in row])
         conn.send_data_row([str(value).encode() for value in row.values()])
+        conn.send_command_complete("SELECT 1")
+
+    def _failpoints(self, conn: Connection, words: list[str]) -> None:
+        try:
+            set_failpoints(words[1] if len(words) > 1 else "")
+        except FailpointFormatError as error:
+            raise QueryError(str(error), sqlstate="42601") from error
         conn.send_command_complete("SELECT 1")
 
     def _set(self, conn: Connection, words: list[str]) -> None:

@@ -305,7 +305,10 @@ def _read_access_methods(path: Path | None) -> dict[tuple[int, int, int], str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compare one directory; returns the exit status."""
+    """Compare one directory; returns the exit status.
+
+    The environment variable ZENITH_AUTH_TOKEN lets it in where authentication is on.
+    """
     parser = argparse.ArgumentParser(prog="page_verifier", description=__doc__)
     parser.add_argument("pgdata", type=Path, help="data directory of a stopped compute")
     parser.add_argument("--pageserver", required=True, metavar="HOST:PORT")
@@ -319,8 +322,9 @@ def main(arguments: list[str] | None = None) -> int:
     control_bytes = (options.pgdata / "global" / "pg_control").read_bytes()
     parse_control_file(control_bytes)
     host, _, port = options.pageserver.rpartition(":")
+    token = os.environ.get("ZENITH_AUTH_TOKEN")
     with (
-        connect(host, int(port), user="no_user") as connection,
+        connect(host, int(port), user="no_user", password=token) as connection,
         tempfile.TemporaryDirectory(prefix="page_verifier.") as workdir,
     ):
         # The redo processes run as another user when we are root.

@@ -64,6 +64,7 @@ class TenantManager:
             ),
             memory=MemoryBudget(conf.open_layer_memory_limit),
             measure=self.metrics.storage_time,
+            count_io=self.metrics.io_stats,
         )
         self._shared = Shared(conf, distrib, self._resources, self.metrics, self._checkpointer)
         self._background = [

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from zenith_utils.conninfo import parse_conninfo, redact
+from zenith_utils.conninfo import parse_conninfo, redact, split_options
 from zenith_utils.lsn import Lsn, LsnParseError
 from zenith_utils.pq_client import PqConnection, connect
 
@@ -34,6 +34,7 @@ class WalSource:
     password: str | None
     options: str | None
     timeline_option: str | None
+    tenant_option: str | None
 
     @property
     def is_safekeeper(self) -> bool:
@@ -49,6 +50,8 @@ class WalSource:
         try:
             fields = parse_conninfo(conninfo)
             options = fields.get("options")
+            # Read as a safekeeper reads them: what is checked here is what it will go by.
+            settings = split_options(options or "")
             return cls(
                 conninfo=conninfo,
                 host=fields.get("hostaddr") or fields.get("host") or "127.0.0.1",
@@ -57,7 +60,8 @@ class WalSource:
                 database=fields.get("dbname"),
                 password=fields.get("password"),
                 options=options,
-                timeline_option=_option(options or "", "ztimelineid"),
+                timeline_option=settings.get("ztimelineid"),
+                tenant_option=settings.get("ztenantid"),
             )
         except ValueError as error:
             raise SourceError(f"connection string '{redact(conninfo)}': {error}") from error
@@ -75,14 +79,6 @@ class WalSource:
             password=self.password,
             timeout=timeout,
         )
-
-
-def _option(options: str, name: str) -> str | None:
-    for piece in options.split():
-        key, separator, value = piece.partition("=")
-        if separator and key == name:
-            return value
-    return None
 
 
 def identify(

@@ -8,6 +8,7 @@ from typing_extensions import Buffer
 from pageserver import _ingest, keys
 from pageserver._ingest import IngestLoop
 from pageserver.datadir_modification import CurrentState, DatadirModification
+from pageserver.failpoints import AFTER_INGEST
 from pageserver.layered_repository.timeline import TimelineWriter
 from pageserver.pgdatadir_mapping import DatadirTimeline
 from pageserver.size_table import SizeTable
@@ -122,6 +123,7 @@ class WalIngest:
         return Lsn(self.datadir.timeline.last_record_lsn)
 
     def _ingest_batch(self, data: memoryview) -> None:
+        self._loop.stepwise = AFTER_INGEST.active
         try:
             status = self._loop.run(data)
             while status != _ingest.NEED_INPUT:
@@ -143,6 +145,8 @@ class WalIngest:
             self._handle()
         elif status == _ingest.BAD_WAL:
             self._loop.raise_bad_wal()
+        elif status == _ingest.RECORD_DONE:
+            self._after_record()
         else:
             raise self._error(self._loop.bad_record_reason())
 
@@ -162,6 +166,14 @@ class WalIngest:
             raise self._error(str(error)) from error
         mod.commit()
         self._loop.finish_handled()
+        if self._loop.stepwise:
+            self._after_record()
+
+    def _after_record(self) -> None:
+        """At the failpoint the record is visible."""
+        self._publish_before_record()
+        AFTER_INGEST.hit()
+        self._loop.stepwise = AFTER_INGEST.active
 
     def _error(self, reason: str) -> IngestError:
         record = self._loop.current_record()

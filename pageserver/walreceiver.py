@@ -57,7 +57,7 @@ class WalReceiver:
         """
         try:
             source = WalSource.parse(conninfo)
-            self._check_timeline_option(source)
+            self._check_names(source)
         except SourceError as error:
             log.error("%s: callmemaybe ignored: %s", self._handle, error)
             return
@@ -103,10 +103,14 @@ class WalReceiver:
         stream = self._stream
         return self._received if stream is None else stream.received
 
-    def _check_timeline_option(self, source: WalSource) -> None:
-        named = source.timeline_option
-        if named is not None and named.replace("-", "") != str(self._handle.timeline_id):
-            raise SourceError(f"{source} was offered with timeline {named}")
+    def _check_names(self, source: WalSource) -> None:
+        for kind, named, own in (
+            ("timeline", source.timeline_option, self._handle.timeline_id),
+            # A tenant must not get at the WAL of another one under the name of its own timeline.
+            ("tenant", source.tenant_option, self._handle.tenant_id),
+        ):
+            if named is not None and named.replace("-", "") != str(own):
+                raise SourceError(f"{source} was offered with {kind} {named}")
 
     def _run(self) -> None:
         pause = MIN_PAUSE

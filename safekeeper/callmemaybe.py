@@ -1,6 +1,7 @@
 """Asking pageservers to connect: a safekeeper knows them only through the computes' messages.
 
-A subscription is a timeline with its pageserver's connection string. While no stream of the
+A subscription is a timeline with its pageserver's connection string, which may hold the token that
+lets us in. A pageserver itself knows and names that string without it. While no stream of the
 timeline runs, the pageserver is asked every period to start one. One connection carries the calls
 for many timelines, so a pageserver that is down costs one attempt per period and no more.
 """
@@ -16,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final
 
-from zenith_utils.conninfo import ConninfoError, redact
+from zenith_utils.conninfo import ConninfoError, redact, without_password
 from zenith_utils.ids import TenantTimelineId
 from zenith_utils.lsn import Lsn, LsnParseError
 from zenith_utils.pq_client import PqConnection, PqConnectionLost, PqError, connect_conninfo
@@ -34,7 +35,7 @@ _MAX_PAUSE: Final = 30.0
 Refusals = dict[TenantTimelineId, str]
 Call = Callable[[str, Sequence[TenantTimelineId], tuple[str, int]], Refusals]
 Report = Callable[[TenantTimelineId, str, int, int], None]
-"""Called with a timeline, a connection string, and the LSNs of Timeline.delivered()."""
+"""Called with a timeline, its pageserver, and the LSNs of Timeline.delivered()."""
 
 
 def call_pageserver(
@@ -50,20 +51,21 @@ def call_pageserver(
     PqError when it refuses the connection, ConninfoError.
     """
     host, port = listen
+    pageserver = without_password(connstr)
     refusals: Refusals = {}
     with connect_conninfo(connstr, timeout=_CONNECT_TIMEOUT) as conn:
         for timeline_id in timeline_ids:
             tenant, timeline = timeline_id
             back = (
                 f"host={host} port={port} options='-c ztimelineid={timeline} ztenantid={tenant} "
-                f"pageserver_connstr={connstr}'"
+                f"pageserver_connstr={pageserver}'"
             )
             try:
                 conn.simple_query(
                     f"callmemaybe {tenant} {timeline} {back}", timeout=_CONNECT_TIMEOUT
                 )
                 if report is not None:
-                    report(timeline_id, connstr, *_position(conn, timeline_id))
+                    report(timeline_id, pageserver, *_position(conn, timeline_id))
             except PqConnectionLost:
                 raise
             except (PqError, LsnParseError) as e:
@@ -86,6 +88,11 @@ class _Subscription:
     due: float = 0.0
     pause: float = 0.0
     """Seconds to the next call after a refusal, 0 after any other answer."""
+
+    @property
+    def pageserver(self) -> str:
+        """The pageserver, by its connection string without a password."""
+        return without_password(self.connstr)
 
 
 @dataclass(slots=True)
@@ -122,7 +129,7 @@ class CallMeMaybe:
 
     @property
     def calls(self) -> int:
-        """Number of calls made so far, one per timeline and attempt."""
+        """Number of calls begun so far, one per timeline and attempt."""
         return self._calls
 
     def start(self) -> None:
@@ -140,14 +147,15 @@ class CallMeMaybe:
         """Call this pageserver, at once and then periodically; replaces an earlier one."""
         with self._changed:
             known = self._remove(timeline_id)
-            streams = known.streams if known is not None and known.connstr == connstr else 0
+            same = known is not None and known.pageserver == without_password(connstr)
+            streams = known.streams if known is not None and same else 0
             subscription = _Subscription(connstr, streams)
             self._subscriptions[timeline_id] = subscription
             self._schedule(timeline_id, subscription)
         logger.info("timeline %s: calling pageserver %s", timeline_id, redact(connstr))
 
     def unsubscribe(
-        self, timeline_id: TenantTimelineId, connstr: str, *, unless: Callable[[], bool]
+        self, timeline_id: TenantTimelineId, pageserver: str, *, unless: Callable[[], bool]
     ) -> None:
         """Stop calling, unless the timeline has moved to another pageserver meanwhile.
 
@@ -156,22 +164,22 @@ class CallMeMaybe:
         """
         with self._changed:
             known = self._subscriptions.get(timeline_id)
-            if known is not None and known.connstr == connstr and not unless():
+            if known is not None and known.pageserver == pageserver and not unless():
                 self._remove(timeline_id)
 
-    def stream_started(self, timeline_id: TenantTimelineId, connstr: str) -> None:
+    def stream_started(self, timeline_id: TenantTimelineId, pageserver: str) -> None:
         """The pageserver has connected: no calls while it stays."""
         with self._changed:
             known = self._subscriptions.get(timeline_id)
-            if known is not None and known.connstr == connstr:
+            if known is not None and known.pageserver == pageserver:
                 known.streams += 1
-                self._unschedule(timeline_id, connstr)
+                self._unschedule(timeline_id, known.connstr)
 
-    def stream_ended(self, timeline_id: TenantTimelineId, connstr: str) -> None:
+    def stream_ended(self, timeline_id: TenantTimelineId, pageserver: str) -> None:
         """The pageserver has left: call it again."""
         with self._changed:
             known = self._subscriptions.get(timeline_id)
-            if known is not None and known.connstr == connstr:
+            if known is not None and known.pageserver == pageserver:
                 known.streams = max(0, known.streams - 1)
                 known.due = time.monotonic() + self._period
                 self._schedule(timeline_id, known)
@@ -215,6 +223,8 @@ class CallMeMaybe:
                     due = [item for item in batch if item[1].due <= now]
                     if due:
                         pageserver.calling = True
+                        # Now, not at its end: a timeline may be given up while it is called.
+                        self._calls += len(due)
                         self._pool.submit(self._call_once, connstr, pageserver, due)
                     elif batch:
                         left = batch[0][1].due - now
@@ -239,7 +249,6 @@ class CallMeMaybe:
             error = repr(e)
         with self._changed:
             self._report(connstr, pageserver, error)
-            self._calls += len(batch)
             now = time.monotonic()
             if error:
                 # Nobody there: none of its timelines needs another attempt before a period is over.

@@ -3,7 +3,7 @@
 It lies beside the control file and lets a restarted safekeeper call the pageserver although no
 compute runs, and remove what that has. The connection string is durable before WAL that a compute
 pushes is accepted; the LSNs are written lazily and may lag, which costs a call too many and never
-one too few, and keeps WAL longer.
+one too few, and keeps WAL longer. The string may hold a token, so only its owner may read the file.
 
 Layout, little-endian: u32 magic, u32 version, u64 flush LSN, u64 remote LSN (version 1 has none),
 u32 length and UTF-8 bytes of the connection string, u32 CRC-32C of everything before it.
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from zenith_utils.conninfo import without_password
 from zenith_utils.crc32c import crc32c
 from zenith_utils.durable import write_file_durably
 
@@ -43,6 +44,11 @@ class Delivery:
     connstr: str
     flush_lsn: int = 0
     remote_lsn: int = 0
+
+    @property
+    def pageserver(self) -> str:
+        """The pageserver, by its connection string without a password."""
+        return without_password(self.connstr)
 
 
 def encode(delivery: Delivery) -> bytes:
@@ -109,4 +115,4 @@ def load(directory: Path) -> Delivery | None:
 
 def store(directory: Path, delivery: Delivery, *, sync: bool) -> None:
     """Replace the file in a timeline's directory, atomically and durably. Raises OSError."""
-    write_file_durably(directory / DELIVERY_FILE_NAME, encode(delivery), sync=sync)
+    write_file_durably(directory / DELIVERY_FILE_NAME, encode(delivery), sync=sync, mode=0o600)

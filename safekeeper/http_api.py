@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from safekeeper.control_file import ControlFileError
@@ -9,9 +10,19 @@ from safekeeper.identity import Identity
 from safekeeper.timeline import TimelineFailedError
 from safekeeper.timelines import TimelineExistsError, TimelineNotFoundError, Timelines
 from safekeeper.wal_files import WalStorageError
-from zenith_utils.http_server import BadRequest, HttpError, Request, Response, Route, json_response
+from zenith_utils.http_server import (
+    BadRequest,
+    HttpError,
+    Request,
+    Response,
+    Route,
+    documentation_routes,
+    json_response,
+    metrics_route,
+)
 from zenith_utils.ids import TenantId, TenantTimelineId, TimelineId
 from zenith_utils.lsn import lsn_text
+from zenith_utils.metrics import Metrics
 
 
 class HttpApi:
@@ -21,14 +32,24 @@ class HttpApi:
         self._identity = identity
         self._timelines = timelines
 
-    def routes(self) -> list[Route]:
-        """All routes but /metrics."""
-        return [
-            Route("GET", "/v1/status", self._status),
+    def routes(self, metrics: Metrics) -> list[Route]:
+        """All routes."""
+        described: list[Route] = [
+            Route("GET", "/v1/status", self._status, quick=True),
             Route("GET", "/v1/timeline/{tenant_id}/{timeline_id}", self._timeline_status),
             Route("GET", "/v1/timeline", self._list_timelines),
             Route("POST", "/v1/timeline", self._create_timeline),
+            metrics_route(metrics),
         ]
+
+        def load() -> Mapping[str, Any]:
+            from safekeeper.openapi import description
+            from zenith_utils.openapi import build
+
+            return build(description(), described)
+
+        described += documentation_routes(load)
+        return described
 
     def _status(self, request: Request) -> dict[str, Any]:
         del request

@@ -94,7 +94,7 @@ def parse_request(text: str) -> AppendLogicalMessage:
     """Read a request. Raises QueryError, which names what is wrong."""
     try:
         fields = json.loads(text)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise QueryError(f"JSON_CTRL: malformed JSON: {e}") from e
     if not isinstance(fields, dict):
         raise QueryError("JSON_CTRL: expected a JSON object")

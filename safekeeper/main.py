@@ -43,12 +43,12 @@ from zenith_utils.daemonize import (
 )
 from zenith_utils.duration import DurationError, parse_duration
 from zenith_utils.errors import render_error
-from zenith_utils.http_server import HttpServer, metrics_route
+from zenith_utils.http_server import HttpServer
 from zenith_utils.log import init_logging
 from zenith_utils.pid_file import PidFileError
 from zenith_utils.postgres_backend import PostgresServer
 from zenith_utils.size import SizeError, format_size, parse_size
-from zenith_utils.version import version_text
+from zenith_utils.version import VersionAction, version_text
 
 logger = logging.getLogger(__name__)
 
@@ -96,28 +96,80 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+_EPILOG: Final = """\
+example:
+  safekeeper -D /var/lib/zenith/sk1 --id 1 -l 127.0.0.1:5454 --listen-http 127.0.0.1:7676 -d
+      keeps WAL in an existing directory, in the background; the log is safekeeper.log there
+
+http://<listen-http>/v1/doc describes the HTTP API. The environment variable RUST_LOG filters the
+log, e.g. RUST_LOG=info,safekeeper.callmemaybe=debug. SIGTERM, SIGINT and SIGQUIT all end the
+process at once, with status 111: what was acknowledged is on disk.
+"""
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="safekeeper", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="safekeeper",
+        description="Keeps WAL durable, as one of a quorum.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     add = parser.add_argument
-    add("--version", action="version", version=version_text("safekeeper"))
-    add("-D", "--dir", type=Path, default=Path(), help="data directory (default: current)")
-    add("--init", action="store_true", help="store the id and exit")
-    add("--id", type=int, help="node id; stored at the first start")
-    add("-l", "--listen-pg", "--listen", default=DEFAULT_PG_ADDRESS, help="WAL service ip:port")
-    add("--listen-http", default=DEFAULT_HTTP_ADDRESS, help="HTTP API ip:port")
-    add("-p", "--pageserver", help=argparse.SUPPRESS)
-    add("--recall", type=_period, default=1.0, help="period of calls to pageservers (1 s)")
-    add("-d", "--daemonize", action="store_true", help="run in the background")
-    add("-n", "--no-sync", action="store_true", help="do not fsync: unsafe, for tests only")
+    add("--version", action=VersionAction)
+    _add_directory_options(parser)
+    _add_service_options(parser)
     _add_retention_options(parser)
-    add("--dump-control-file", type=Path, metavar="PATH", help="print a control file as JSON")
     return parser
+
+
+def _add_directory_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("data directory").add_argument
+    add("-D", "--dir", type=Path, default=Path(), help="data directory (default: current)")
+    add("--id", type=int, help="node id; needed at the first start, which stores it")
+    add("--init", action="store_true", help="store the id and exit")
+    add("-n", "--no-sync", action="store_true", help="do not fsync: unsafe, for tests only")
+    add(
+        "--dump-control-file",
+        type=Path,
+        metavar="PATH",
+        help="print a timeline's control file as JSON, and exit",
+    )
+
+
+def _add_service_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("service").add_argument
+    add(
+        "-l",
+        "--listen-pg",
+        "--listen",
+        default=DEFAULT_PG_ADDRESS,
+        metavar="HOST:PORT",
+        help=f"of the WAL service (default: {DEFAULT_PG_ADDRESS}); pageservers are told to connect "
+        "there",
+    )
+    add(
+        "--listen-http",
+        default=DEFAULT_HTTP_ADDRESS,
+        metavar="HOST:PORT",
+        help=f"of the HTTP API (default: {DEFAULT_HTTP_ADDRESS})",
+    )
+    add("-d", "--daemonize", action="store_true", help="run in the background")
+    add(
+        "--recall",
+        type=_period,
+        default=1.0,
+        metavar="DURATION",
+        help="time between two calls to a pageserver that has not connected (default: 1 s)",
+    )
+    # Safekeepers learn from computes who their pageserver is.
+    add("-p", "--pageserver", help=argparse.SUPPRESS)
 
 
 def _add_retention_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "retention",
-        "Complete WAL segments are removed when all safekeepers have them, the pageserver has "
+        "Complete WAL segments are removed when all safekeepers have them, the pageserver has\n"
         "made them durable, nobody streams them, and they are offloaded if they are to be.",
     )
     group.add_argument(
@@ -182,6 +234,8 @@ def _period(text: str) -> float:
 
 def _run(args: argparse.Namespace) -> int:
     remote = _remote_wal(args)
+    for address in (args.listen_pg, args.listen_http):
+        parse_address(address)
     directory: Path = args.dir.resolve()
     if not directory.is_dir():
         raise StartError(f"data directory {directory} does not exist")
@@ -195,11 +249,12 @@ def _run(args: argparse.Namespace) -> int:
     pg_socket = bind_listener(args.listen_pg)
     http_socket = bind_listener(args.listen_http)
     pid_file = None
+    rust_log = os.environ.get("RUST_LOG")
     if args.daemonize:
         pid_file = daemonize(directory / _PID_FILE, directory / _LOG_FILE)
-        init_logging(directory / _LOG_FILE)
+        init_logging(directory / _LOG_FILE, rust_log)
     else:
-        init_logging()
+        init_logging(None, rust_log)
     # Before any thread exists, so that all inherit it and only sigwait() below takes them.
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     sys.setswitchinterval(_SWITCH_INTERVAL)
@@ -217,13 +272,13 @@ def _run(args: argparse.Namespace) -> int:
     )
     streams = metrics.watch_delivery(callmemaybe)
     service = WalService(timelines, callmemaybe, streams)
-    routes = [*HttpApi(me, timelines).routes(), metrics_route(metrics.metrics)]
+    routes = HttpApi(me, timelines).routes(metrics.metrics)
     # Before a compute can connect, whose word about its pageserver is newer.
     for timeline_id, connstr in timelines.undelivered():
         callmemaybe.subscribe(timeline_id, connstr)
     callmemaybe.start()
     PostgresServer(pg_socket, service.handler_factory(), name="wal-service").start()
-    HttpServer(http_socket, routes).start()
+    HttpServer(http_socket, routes, metrics=metrics.metrics).start()
     threading.Thread(target=_save_progress, args=(timelines,), name="progress", daemon=True).start()
     _start_retention(args, timelines, remote, metrics)
     logger.info(

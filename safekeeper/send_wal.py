@@ -63,7 +63,7 @@ class WalSender:
         *,
         standby: bool = False,
     ) -> None:
-        """`pageserver` is the connection string of the reader if it is one.
+        """`pageserver` is the reader if it is one: its connection string without a password.
 
         A `standby` stays whether or not there is a compute.
         """

@@ -477,22 +477,28 @@ class Timeline:
     def deliver_to(self, connstr: str) -> None:
         """A compute has named its pageserver; durable on return. Raises OSError."""
         with self._delivery_lock:
-            if self._delivery is None or self._delivery.connstr != connstr:
+            known = self._delivery
+            if known is None or known.connstr != connstr:
                 named = Delivery(connstr)
+                if known is not None and known.pageserver == named.pageserver:
+                    # Only what lets us in has changed.
+                    named = Delivery(connstr, known.flush_lsn, known.remote_lsn)
                 delivery.store(self.directory, named, sync=self._sync)
                 self._delivery = self._saved_delivery = named
 
-    def delivered(self, connstr: str, flush_lsn: int, remote_lsn: int = 0) -> None:
+    def delivered(self, pageserver: str, flush_lsn: int, remote_lsn: int = 0) -> None:
         """A pageserver has reported up to where it has WAL on its disk, and in remote storage.
+
+        `pageserver` is its connection string without a password.
 
         Kept in memory, unless it has less than it had: its data was replaced by older data, and
         a restart must not make us believe that it needs no WAL of before.
         """
         with self._delivery_lock:
             known = self._delivery
-            if known is None or known.connstr != connstr:
+            if known is None or known.pageserver != pageserver:
                 return
-            self._delivery = Delivery(connstr, flush_lsn, remote_lsn)
+            self._delivery = Delivery(known.connstr, flush_lsn, remote_lsn)
             lost = normalize_lsn(flush_lsn) < normalize_lsn(known.flush_lsn)
             lost |= remote_lsn < known.remote_lsn
         if lost:

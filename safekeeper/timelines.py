@@ -134,13 +134,13 @@ class Timelines:
             yield timeline_id, path.parent
 
     def delivered(
-        self, timeline_id: TenantTimelineId, connstr: str, flush_lsn: int, remote_lsn: int
+        self, timeline_id: TenantTimelineId, pageserver: str, flush_lsn: int, remote_lsn: int
     ) -> None:
         """A pageserver has told how far it has a timeline's WAL; see Timeline.delivered()."""
         with self._lock:
             timeline = self._loaded.get(timeline_id)
         if timeline is not None:
-            timeline.delivered(connstr, flush_lsn, remote_lsn)
+            timeline.delivered(pageserver, flush_lsn, remote_lsn)
 
     def states(self) -> list[ControlState]:
         """The durable state of every timeline; recovering where it cannot be read."""

@@ -17,6 +17,7 @@ from safekeeper.timeline import Timeline, TimelineFailedError
 from safekeeper.timeline_registry import RegistryError
 from safekeeper.timelines import TimelineNotFoundError, Timelines
 from safekeeper.wal_files import WalMissingError, WalStorageError
+from zenith_utils.conninfo import redact, without_password
 from zenith_utils.ids import IdParseError, TenantId, TenantTimelineId, TimelineId
 from zenith_utils.lsn import Lsn, LsnParseError, lsn_text
 from zenith_utils.metrics import IntegerMetric
@@ -83,7 +84,7 @@ class WalServiceHandler:
             elif is_set_statement(command):
                 conn.send_command_complete()
             else:
-                raise QueryError(f"unsupported command {query}")
+                raise QueryError(f"unsupported command {redact(query)}")
         except WalMissingError as e:
             raise FatalQueryError(str(e), UNDEFINED_FILE) from e
         except (
@@ -150,7 +151,9 @@ class WalServiceHandler:
         if self._params.get("application_name") == STANDBY_APPLICATION:
             self._feed_standby(conn, timeline, start_lsn)
             return
-        pageserver = self._required("pageserver_connstr", "pageserver_connstr is required")
+        pageserver = without_password(
+            self._required("pageserver_connstr", "pageserver_connstr is required")
+        )
         callmemaybe = self._service.callmemaybe
         self._wait_for_first_proposer(conn, timeline)
         callmemaybe.stream_started(timeline_id, pageserver)

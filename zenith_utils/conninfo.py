@@ -12,10 +12,10 @@ _KEYWORD_VALUE = re.compile(
     r"\s*(?P<key>[^\s=]+)\s*=\s*(?:'(?P<quoted>(?:[^'\\]|\\.)*)'(?=\s|$)|(?P<plain>(?:[^\s'\\]|\\.)(?:[^\s\\]|\\.)*|))\s*",
     re.DOTALL,
 )
-_SECRETS = (
-    (re.compile(r"(password\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s'&]+)", re.IGNORECASE), r"\1***"),
-    (re.compile(r"(postgres(?:ql)?://[^\s:/@]*):[^\s@/]*@"), r"\1:***@"),
-)
+_URL_PASSWORD = re.compile(r"(postgres(?:ql)?://[^\s:/@]*):[^\s@/]*@")
+_PARAMETER_PASSWORD = re.compile(r"(password\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s'&]+)", re.IGNORECASE)
+# A JSON web token: three parts in base64url, the first of which begins with '{"'.
+_TOKEN = re.compile(r"\beyJ[\w-]+\.[\w-]+\.[\w-]*", re.ASCII)
 
 
 class ConninfoError(ValueError):
@@ -100,10 +100,23 @@ def _quote(value: str) -> str:
 
 
 def redact(text: str) -> str:
-    """A text with the passwords of connection strings in it made unreadable, for logs."""
-    for pattern, replacement in _SECRETS:
-        text = pattern.sub(replacement, text)
-    return text
+    """A text with tokens, and the passwords of connection strings, made unreadable; for logs."""
+    if "eyJ" in text:
+        text = _TOKEN.sub("***", text)
+    if "postgres" in text:
+        text = _URL_PASSWORD.sub(r"\1:***@", text)
+    return _PARAMETER_PASSWORD.sub(r"\1***", text) if "assword" in text.lower() else text
+
+
+def without_password(conninfo: str) -> str:
+    """A connection string that names the same server and does not let in: it tells who is meant.
+
+    One without a password stays as it is.
+    """
+    if conninfo.startswith(_URL_PREFIXES):
+        conninfo = _URL_PASSWORD.sub(r"\1:@", conninfo, count=1)
+        return re.sub(r"([?&]password=)[^&]*", r"\1", conninfo)
+    return _PARAMETER_PASSWORD.sub(r"\1''", conninfo)
 
 
 def split_options(options: str) -> dict[str, str]:

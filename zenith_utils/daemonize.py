@@ -45,16 +45,16 @@ def parse_address(text: str, default_port: int | None = None) -> tuple[str, int]
 def bind_listener(address: str | tuple[str, int]) -> socket.socket:
     """A listening TCP socket on ``host:port``; port 0 takes any.
 
+    Where a name such as localhost has addresses of both kinds it is IPv4 that is listened on.
     A port whose last connections are only waiting out their time can be taken again at once; one
     that somebody listens on cannot. Raises BindError (or AddressError for a malformed address).
     """
     host, port = parse_address(address) if isinstance(address, str) else address
     try:
-        family, kind, proto, _, sockaddr = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
         raise BindError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    family, kind, proto, _, sockaddr = min(found, key=lambda info: info[0] != socket.AF_INET)
     sock = socket.socket(family, kind, proto)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

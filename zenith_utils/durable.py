@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import secrets
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from typing_extensions import Buffer
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 TEMP_SUFFIX = ".___temp"
 
@@ -20,7 +21,7 @@ def write_file_durably(path: Path, data: Buffer, *, sync: bool = True, mode: int
     is still atomic for other processes but may be lost with the machine. A crash leaves at most
     a file that is_temp_file() recognises. Raises OSError; `path` then holds its old content.
     """
-    temp = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMP_SUFFIX}")
+    temp = path.with_name(f"{path.name}.{os.urandom(4).hex()}{TEMP_SUFFIX}")
     fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         try:

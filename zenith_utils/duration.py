@@ -17,6 +17,8 @@ _UNITS: tuple[tuple[float, tuple[str, ...]], ...] = (
     (365.25 * 86400, ("y", "year", "years")),
 )
 _SECONDS = {name: seconds for seconds, names in _UNITS for name in names}
+# Far above what makes sense, and below what the system's clocks and waits can count to.
+MAX_DURATION = 100 * 365.25 * 86400
 _PART = re.compile(r"\s*([0-9]+)\s*([A-Za-z]+)\s*")
 
 
@@ -27,7 +29,7 @@ class DurationError(ValueError):
 def parse_duration(text: str) -> float:
     """Seconds of a duration made of whole numbers with units, which are added up.
 
-    A lone ``0`` needs no unit. Raises DurationError.
+    A lone ``0`` needs no unit; the sum is MAX_DURATION at most. Raises DurationError.
     """
     if text.strip() == "0":
         return 0.0
@@ -38,8 +40,10 @@ def parse_duration(text: str) -> float:
             raise DurationError(f"invalid duration {text!r}: expected e.g. '10 s' or '1h 30min'")
         if match[2] not in _SECONDS:
             raise DurationError(f"invalid duration {text!r}: unknown unit {match[2]!r}")
-        total += int(match[1]) * _SECONDS[match[2]]
+        total += float(match[1]) * _SECONDS[match[2]]
         position = match.end()
+    if total > MAX_DURATION:
+        raise DurationError(f"invalid duration {text!r}: more than 100 years")
     return total
 
 

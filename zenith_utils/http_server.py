@@ -7,6 +7,7 @@ pool and may block. An exception becomes ``{"msg": ...}`` with the status of an 
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 import socket
@@ -21,13 +22,20 @@ import uvloop
 from aiohttp import web
 
 from zenith_utils.errors import error_message
+from zenith_utils.http_connection import BoundedSite, default_max_connections
 from zenith_utils.ids import IdParseError, TenantId, TimelineId
 from zenith_utils.metrics import CONTENT_TYPE as METRICS_CONTENT_TYPE
-from zenith_utils.metrics import Metrics
+from zenith_utils.metrics import IntegerMetric, Metrics
 
 logger = logging.getLogger(__name__)
 
-_MAX_BODY: Final = 16 << 20
+# Bodies are parsed with the interpreter's lock held: a bigger one would be felt by page requests.
+MAX_BODY: Final = 64 << 10
+BODY_TIMEOUT: Final = 30.0
+"""Seconds in which the body of a request has to arrive."""
+YAML_CONTENT_TYPE: Final = "text/yaml; charset=utf-8"
+HTML_CONTENT_TYPE: Final = "text/html; charset=utf-8"
+_UNKNOWN_PATH: Final = "unknown"
 
 
 class HttpError(Exception):
@@ -65,6 +73,24 @@ class NotFound(HttpError):
     prefix = "NotFound: "
 
 
+class RequestTimeout(HttpError):
+    """408: the request did not arrive in time."""
+
+    status = HTTPStatus.REQUEST_TIMEOUT
+    prefix = "Request timeout: "
+
+
+class PayloadTooLarge(HttpError):
+    """413: the body is bigger than any request needs."""
+
+    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+    prefix = "Payload too large: "
+
+
+class _ClientGone(Exception):
+    """The connection ended before the request was there; the cause is aiohttp's word for it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """A request, fully received."""
@@ -85,14 +111,14 @@ class Request:
         """The body as JSON; BadRequest if it is not."""
         try:
             return json.loads(self.body)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadRequest(f"Failed to parse json request {error}") from error
 
     def json_object(self) -> dict[str, Any]:
         """The body as a JSON object; an empty body counts as ``{}``. Raises BadRequest."""
         value = self.json() if self.body.strip() else {}
         if not isinstance(value, dict):
-            raise BadRequest("Failed to parse json request: expected an object")
+            raise BadRequest("Failed to parse json request expected an object")
         return value
 
     def tenant_id(self) -> TenantId:
@@ -135,6 +161,8 @@ class Route:
     method: str
     path: str
     handler: HttpHandler
+    quick: bool = False
+    """Waits for nothing and nobody: has a thread when all others are taken by requests that do."""
 
 
 def metrics_route(metrics: Metrics) -> Route:
@@ -143,7 +171,28 @@ def metrics_route(metrics: Metrics) -> Route:
     def serve(_: Request) -> Response:
         return Response(200, metrics.render(), METRICS_CONTENT_TYPE)
 
-    return Route("GET", "/metrics", serve)
+    return Route("GET", "/metrics", serve, quick=True)
+
+
+def documentation_routes(load: Callable[[], Mapping[str, Any]]) -> list[Route]:
+    """GET /swagger.yml and /v1/doc: an OpenAPI document as text, and as a page for people.
+
+    `load` makes the document (`openapi.build()`); it is called at the first request, so that its
+    parts may be imported only then.
+    """
+
+    @functools.cache
+    def texts() -> tuple[bytes, bytes]:
+        from zenith_utils.openapi_page import to_html
+        from zenith_utils.yaml_text import to_yaml
+
+        document = load()
+        return to_yaml(document).encode(), to_html(document).encode()
+
+    return [
+        Route("GET", "/swagger.yml", lambda _: Response(200, texts()[0], YAML_CONTENT_TYPE)),
+        Route("GET", "/v1/doc", lambda _: Response(200, texts()[1], HTML_CONTENT_TYPE)),
+    ]
 
 
 class HttpServer:
@@ -156,19 +205,28 @@ class HttpServer:
         *,
         name: str = "http",
         before: RequestHook | None = None,
+        metrics: Metrics | None = None,
         workers: int = 16,
         shutdown_timeout: float = 10.0,
+        body_timeout: float = BODY_TIMEOUT,
+        max_connections: int | None = None,
     ) -> None:
         """Take over a bound and listening socket.
 
-        `before` runs ahead of every handler and refuses by raising an HttpError. Stopping lets
-        requests that are being answered finish for `shutdown_timeout` seconds.
+        `before` runs ahead of every handler and refuses by raising an HttpError. Requests are
+        counted in `metrics`. Stopping lets requests that are being answered finish for
+        `shutdown_timeout` seconds. A request's body has to arrive within `body_timeout` seconds.
+        `max_connections` defaults to what the process may open, within reason.
         """
         self._sock = sock
         self._routes = routes
         self._before = before
         self._shutdown_timeout = shutdown_timeout
+        self._body_timeout = body_timeout
+        self._max_connections = max_connections or default_max_connections()
+        self._requests = None if metrics is None else _request_counter(metrics)
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix=f"{name}-worker")
+        self._quick_pool = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-quick")
         self._loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
         self._started: Future[web.AppRunner] = Future()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -189,7 +247,8 @@ class HttpServer:
         finally:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(5)
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            for pool in (self._pool, self._quick_pool):
+                pool.shutdown(wait=False, cancel_futures=True)
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -199,13 +258,14 @@ class HttpServer:
             self._started.set_exception(error)
         else:
             self._loop.run_forever()
+            self._loop.run_until_complete(_finish_tasks())
         finally:
             self._loop.close()
 
     async def _set_up(self) -> web.AppRunner:
-        app = web.Application(middlewares=[self._middleware], client_max_size=_MAX_BODY)
+        app = web.Application(middlewares=[self._middleware], client_max_size=MAX_BODY)
         for route in self._routes:
-            app.router.add_route(route.method, route.path, self._adapt(route.handler))
+            app.router.add_route(route.method, route.path, self._adapt(route))
         runner = web.AppRunner(
             app,
             access_log=None,
@@ -213,10 +273,12 @@ class HttpServer:
             shutdown_timeout=self._shutdown_timeout,
         )
         await runner.setup()
-        await web.SockSite(runner, self._sock).start()
+        await BoundedSite(runner, self._sock, max_connections=self._max_connections).start()
         return runner
 
-    def _adapt(self, handler: HttpHandler) -> Callable[[web.Request], Any]:
+    def _adapt(self, route: Route) -> Callable[[web.Request], Any]:
+        pool = self._quick_pool if route.quick else self._pool
+
         async def handle(request: web.Request) -> web.Response:
             received = Request(
                 method=request.method,
@@ -225,12 +287,26 @@ class HttpServer:
                 path_params=dict(request.match_info),
                 query=request.query,
                 headers=request.headers,
-                body=await request.read(),
+                body=await self._body(request),
             )
-            response = await self._loop.run_in_executor(self._pool, self._call, handler, received)
+            response = await self._loop.run_in_executor(pool, self._call, route.handler, received)
             return _aiohttp_response(response)
 
         return handle
+
+    async def _body(self, request: web.Request) -> bytes:
+        try:
+            async with asyncio.timeout(self._body_timeout):
+                return await request.read()
+        except TimeoutError:
+            seconds = f"{self._body_timeout:g} seconds"
+            raise RequestTimeout(f"the body did not arrive within {seconds}") from None
+        except web.HTTPRequestEntityTooLarge:
+            raise PayloadTooLarge(f"a request may have {MAX_BODY} bytes at most") from None
+        except web.RequestPayloadError as error:
+            raise BadRequest(f"malformed body: {error}") from error
+        except ConnectionError as error:
+            raise _ClientGone from error
 
     def _call(self, handler: HttpHandler, request: Request) -> Response:
         if self._before is not None:
@@ -242,7 +318,9 @@ class HttpServer:
     async def _middleware(
         self, request: web.Request, handler: Callable[[web.Request], Any]
     ) -> web.StreamResponse:
-        """Errors as JSON, and the access log."""
+        """Errors as JSON, the access log, and the count."""
+        # As sent: what is decoded could write lines of its own into the log.
+        path = request.rel_url.raw_path
         response: web.StreamResponse
         try:
             response = await handler(request)
@@ -252,12 +330,39 @@ class HttpServer:
             response = _error_response(HTTPStatus.NOT_FOUND, "page not found")
         except web.HTTPException as error:
             response = _error_response(error.status, error.reason)
+        except _ClientGone as gone:
+            logger.info("%s %s: the client has gone", request.method, path)
+            assert gone.__cause__ is not None
+            raise gone.__cause__ from None
         except Exception as error:
-            logger.exception("%s %s failed", request.method, request.path)
+            logger.exception("%s %s failed", request.method, path)
             status = HTTPStatus.INTERNAL_SERVER_ERROR
             response = _error_response(status, error_message(error))
-        logger.info("%s %s %d", request.method, request.path, response.status)
+        logger.info("%s %s %d", request.method, path, response.status)
+        self._count(request, response.status)
         return response
+
+    def _count(self, request: web.Request, status: int) -> None:
+        if self._requests is not None:
+            resource = request.match_info.route.resource
+            if resource is None:
+                # Neither of these may be chosen by whoever sends requests.
+                self._requests.inc("", _UNKNOWN_PATH, str(status))
+            else:
+                self._requests.inc(request.method, resource.canonical, str(status))
+
+
+async def _finish_tasks() -> None:
+    """End what connections that were closed have left behind."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _request_counter(metrics: Metrics) -> IntegerMetric:
+    labels = ("method", "path", "status")
+    return metrics.counter("http_requests_count", "Requests to the HTTP API answered", labels)
 
 
 def _error_response(status: int, message: str) -> web.Response:

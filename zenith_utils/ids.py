@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-import secrets
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Self
 
@@ -33,7 +33,7 @@ class _Id:
     @classmethod
     def generate(cls) -> Self:
         """A new random id."""
-        return cls(secrets.token_bytes(16))
+        return cls(os.urandom(16))
 
     def __str__(self) -> str:
         return self.raw.hex()

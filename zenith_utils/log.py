@@ -11,6 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
+from zenith_utils.conninfo import redact
+
 TRACE: Final = 5
 _OFF: Final = logging.CRITICAL + 10
 _LEVELS: Final = {
@@ -36,6 +38,7 @@ ZENITH_LOGGERS: Final = (
     "postgres_ffi",
     "safekeeper",
     "zenith_cli",
+    "zenith_proxy",
     "zenith_utils",
 )
 
@@ -137,7 +140,8 @@ class LineFormatter(logging.Formatter):
             text += "\n" + self.formatException(record.exc_info)
         if record.stack_info:
             text += "\n" + self.formatStack(record.stack_info)
-        return text
+        # Whatever a message quotes: what lets in stands in no log.
+        return redact(text)
 
 
 def _log_uncaught(

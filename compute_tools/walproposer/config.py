@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from compute_tools.safekeeper_membership import NOT_KNOWN, SafekeeperMembership
@@ -14,6 +14,8 @@ from zenith_utils.ids import TenantId, TimelineId
 class Config:
     """Settings of a walproposer.
 
+    `pageserver_connstr` may hold the token for the pageserver, so it is not for showing.
+
     `pgdata` is the compute's data directory (its WAL is read), `feedback_file` tells Postgres what
     the pageserver reports (feedback_file.pyx). With `predecessors` it takes up the stream of a
     Postgres that runs.
@@ -22,7 +24,7 @@ class Config:
     tenant_id: TenantId
     timeline_id: TimelineId
     safekeepers: tuple[tuple[str, int], ...]
-    pageserver_connstr: str | None
+    pageserver_connstr: str | None = field(repr=False)
     pgdata: Path | None
     pg_version: int = 0
     drain_timeout: float = 10.0

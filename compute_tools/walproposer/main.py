@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from compute_tools.auth import with_auth_token
 from compute_tools.safekeeper_membership import NOT_KNOWN, SafekeeperMembership
 from compute_tools.walproposer.config import Config
 from compute_tools.walproposer.control import ControlChannel
@@ -46,7 +47,11 @@ def _parse_arguments(argv: Sequence[str] | None) -> Config:
     add("--tenant", type=TenantId.parse, required=True)
     add("--timeline", type=TimelineId.parse, required=True)
     add("--safekeepers", type=_safekeepers, required=True, help="host:port,host:port,...")
-    add("--pageserver-connstr", help="what safekeepers call, a postgresql:// URL without '='")
+    add(
+        "--pageserver-connstr",
+        help="what safekeepers call, a postgresql:// URL without '='; $ZENITH_AUTH_TOKEN in it "
+        "stands for the environment variable",
+    )
     add("--pgdata", type=Path, help="data directory of Postgres, whose pg_wal helps laggards")
     add("--pg-version", type=int, default=0, help="server version number, as 150018")
     add(
@@ -70,7 +75,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> Config:
         args.tenant,
         args.timeline,
         args.safekeepers,
-        args.pageserver_connstr,
+        None if args.pageserver_connstr is None else with_auth_token(args.pageserver_connstr),
         args.pgdata,
         args.pg_version,
         args.drain_timeout,

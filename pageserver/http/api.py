@@ -6,7 +6,7 @@ Everything here may block (disk, waiting for WAL) and is called from worker thre
 from __future__ import annotations
 
 import logging
-import math
+import re
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any, NoReturn
@@ -32,6 +32,8 @@ from zenith_utils.timestamp import TimestampParseError, parse_timestamp, timesta
 log = logging.getLogger(__name__)
 
 Json = Any
+
+_LEASE_ID = re.compile(r"[0-9a-f]{32}", re.ASCII)
 
 
 class Gone(HttpError):
@@ -134,6 +136,8 @@ class PageserverApi:
             start_lsn = _parsed(body, "ancestor_start_lsn", Lsn.parse)
         except (IdParseError, LsnParseError) as error:
             raise _bad_json(str(error)) from None
+        if start_lsn is not None and ancestor_id is None:
+            raise BadRequest("ancestor_start_lsn needs an ancestor_timeline_id")
         try:
             handle = self._tenants.create_timeline(
                 tenant_id, new_id, ancestor_id=ancestor_id, start_lsn=start_lsn
@@ -147,7 +151,10 @@ class PageserverApi:
         self, tenant_id: TenantId, timeline_id: TimelineId, *, recount: bool
     ) -> Json:
         """The description of one timeline."""
-        return describe(self._timeline(tenant_id, timeline_id), recount=recount)
+        try:
+            return describe(self._tenants.timeline(tenant_id, timeline_id), recount=recount)
+        except TimelineNotFoundError as error:
+            raise _no_timeline() from error
 
     def lsn_by_timestamp(
         self, tenant_id: TenantId, timeline_id: TimelineId, timestamp: str | None
@@ -195,6 +202,7 @@ class PageserverApi:
         body: Mapping[str, Json],
     ) -> Json:
         """Extends a lease; one that is unknown is made anew if the LSN is given and readable."""
+        _check_lease_id(lease_id)
         handle = self._timeline(tenant_id, timeline_id)
         lsn, ttl = _lease_lsn(body), _lease_ttl(body)
         try:
@@ -204,21 +212,36 @@ class PageserverApi:
 
     def lease_release(self, tenant_id: TenantId, timeline_id: TimelineId, lease_id: str) -> Json:
         """Ends a lease; ending one that is gone is no error."""
+        _check_lease_id(lease_id)
         self._timeline(tenant_id, timeline_id).release_lease(lease_id)
 
     def attach(self, tenant_id: TenantId, timeline_id: TimelineId) -> NoReturn:
-        """Needs remote storage."""
-        raise NotFound("attaching timelines is not supported yet in this version")
+        """Takes a timeline over from remote storage; as there is none it never has it."""
+        if self._is_local(tenant_id, timeline_id):
+            raise HttpError("Timeline is already present locally")
+        raise BadRequest("Unknown remote timeline")
 
     def detach(self, tenant_id: TenantId, timeline_id: TimelineId) -> NoReturn:
-        """Needs remote storage."""
-        raise NotFound("detaching timelines is not supported yet in this version")
+        """Leaves a timeline to remote storage; refused as long as there is none."""
+        if not self._is_local(tenant_id, timeline_id):
+            raise HttpError("cannot detach timeline that is not available locally")
+        raise Conflict(
+            f"timeline {timeline_id} has no copy in remote storage: detaching would destroy it"
+        )
+
+    def _is_local(self, tenant_id: TenantId, timeline_id: TimelineId) -> bool:
+        try:
+            return timeline_id in self._tenants.tenant(tenant_id).timeline_ids()
+        except TenantNotFoundError:
+            return False
 
     def _timeline(self, tenant_id: TenantId, timeline_id: TimelineId) -> TimelineHandle:
         try:
             return self._tenants.timeline(tenant_id, timeline_id)
+        except TenantNotFoundError as error:
+            raise NotFound(str(error)) from error
         except TimelineNotFoundError as error:
-            raise NotFound("Timeline is not found neither locally nor remotely") from error
+            raise _no_timeline() from error
 
 
 def describe(handle: TimelineHandle, *, sized: bool = True, recount: bool = False) -> Json:
@@ -274,11 +297,17 @@ def _lease_lsn(body: Mapping[str, Json]) -> Lsn | None:
 
 def _lease_ttl(body: Mapping[str, Json]) -> float:
     ttl = body.get("ttl")
-    if isinstance(ttl, bool) or not isinstance(ttl, int | float) or not math.isfinite(ttl):
+    if isinstance(ttl, bool) or not isinstance(ttl, int | float):
         raise _bad_json("field `ttl` must be a number of seconds")
     if not 0 < ttl <= MAX_TTL:
         raise _bad_json(f"field `ttl` must be above 0 and at most {MAX_TTL:.0f} seconds")
     return float(ttl)
+
+
+def _check_lease_id(lease_id: str) -> None:
+    """Only what leases are called is kept in their file."""
+    if _LEASE_ID.fullmatch(lease_id) is None:
+        raise BadRequest("failed to parse lease_id")
 
 
 def _optional_string(body: Mapping[str, Json], key: str) -> str | None:
@@ -305,6 +334,10 @@ def _tenant_id(body: dict[str, Json], key: str) -> TenantId | None:
 
 def _bad_config(error: ConfigError) -> BadRequest:
     return BadRequest(": ".join(error_chain(error)))
+
+
+def _no_timeline() -> NotFound:
+    return NotFound("Timeline is not found neither locally nor remotely")
 
 
 def _bad_json(detail: str) -> BadRequest:

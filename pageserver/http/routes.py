@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
 from pageserver.http.api import Json, PageserverApi
 from pageserver.tenant import TenantError
@@ -14,8 +16,10 @@ from zenith_utils.http_server import (
     HttpHandler,
     HttpServer,
     Request,
+    RequestHook,
     Response,
     Route,
+    documentation_routes,
     json_response,
     metrics_route,
 )
@@ -29,8 +33,8 @@ def routes(tenants: TenantManager) -> list[Route]:
     tenant = "/v1/tenant/{tenant_id}/timeline"
     timeline = tenant + "/{timeline_id}"
     lease = timeline + "/lsn_lease"
-    return [
-        Route("GET", "/v1/status", lambda _: api.status()),
+    described: list[Route] = [
+        Route("GET", "/v1/status", lambda _: api.status(), quick=True),
         Route("GET", "/v1/tenant", lambda _: api.tenant_list()),
         Route("POST", "/v1/tenant", _created(lambda r: api.tenant_create(r.json_object()))),
         Route("PUT", "/v1/tenant/config", lambda r: api.tenant_configure(r.json_object())),
@@ -79,11 +83,22 @@ def routes(tenants: TenantManager) -> list[Route]:
         metrics_route(tenants.metrics),
     ]
 
+    def load() -> Mapping[str, Any]:
+        from pageserver.http.openapi import description
+        from zenith_utils.openapi import build
 
-def start_http(sock: socket.socket, tenants: TenantManager) -> HttpServer:
-    """Serves the API on a listening socket."""
-    served = [Route(r.method, r.path, _guarded(r.handler)) for r in routes(tenants)]
-    server = HttpServer(sock, served)
+        return build(description(), described)
+
+    described += documentation_routes(load)
+    return described
+
+
+def start_http(
+    sock: socket.socket, tenants: TenantManager, before: RequestHook | None = None
+) -> HttpServer:
+    """Serves the API on a listening socket; `before` runs ahead of every handler."""
+    served = [replace(route, handler=_guarded(route.handler)) for route in routes(tenants)]
+    server = HttpServer(sock, served, before=before, metrics=tenants.metrics)
     server.start()
     return server
 

@@ -7,8 +7,10 @@ import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from pageserver.failpoints import BEFORE_SAVING_METADATA
 from pageserver.layered_repository.errors import TimelineStopped
 from pageserver.layered_repository.inmemory_layer import InMemoryLayer
+from pageserver.layered_repository.metadata import TimelineMetadata
 from zenith_utils.thread_priority import start_in_foreground
 
 if TYPE_CHECKING:
@@ -82,16 +84,18 @@ class LayerFlusher:
         timeline.persist()
         timeline.metadata.settle()
         files = timeline.directory.write_frozen(layer)
-        timeline.metadata.commit(
-            lambda metadata: replace(
+
+        def flushed(metadata: TimelineMetadata) -> TimelineMetadata:
+            if BEFORE_SAVING_METADATA.active:
+                BEFORE_SAVING_METADATA.hit()
+            return replace(
                 metadata,
                 disk_consistent_lsn=layer.end_lsn - 1,
                 prev_record_lsn=layer.prev_record_lsn,
                 latest_gc_cutoff_lsn=timeline.latest_gc_cutoff_lsn,
-            ),
-            add=files,
-            flushed=True,
-        )
+            )
+
+        timeline.metadata.commit(flushed, add=files, flushed=True)
         timeline.context.resources.memory.flushed(timeline, layer.memory_size)
 
     def _run(self) -> None:

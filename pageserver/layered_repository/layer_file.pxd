@@ -2,6 +2,7 @@
 from libc.stdint cimport uint64_t
 
 from pageserver.layered_repository.block_cache cimport BlockCache
+from pageserver.layered_repository.io_stats cimport IoStats
 from pageserver.layered_repository.layer_scan cimport LayerScan
 from pageserver.layered_repository.open_layer cimport OpenLayer
 from pageserver.layered_repository.read_batch cimport ReadBatch
@@ -16,6 +17,7 @@ cdef class LayerFile:
     cdef bytes tenant, timeline
     cdef object descriptors, lock, known_size
     cdef BlockCache blocks       # None: blocks are not kept
+    cdef IoStats io              # None: not counted
     cdef uint64_t number         # of the file there, 0 until it was opened
     cdef tuple identity          # of the file that was open last
     cdef object __weakref__

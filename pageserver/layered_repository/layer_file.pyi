@@ -3,6 +3,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pageserver.layered_repository.descriptor_cache import DescriptorCache
+from pageserver.layered_repository.io_stats import IoStats
 from pageserver.layered_repository.layer_name import LayerName
 from pageserver.layered_repository.open_layer import OpenLayer
 from pageserver.layered_repository.read_batch import ReadBatch
@@ -29,6 +30,7 @@ class LayerFile:
         *,
         descriptors: DescriptorCache | None = None,
         size: int | None = None,
+        io: IoStats | None = None,
     ) -> None: ...
     @property
     def path(self) -> str: ...

@@ -7,6 +7,7 @@ from libc.stdint cimport int64_t, uint8_t, uint64_t
 
 from pageserver.layered_repository.block_cache cimport BlockCache, new_file_number
 from pageserver.layered_repository.errors import LayerGoneError
+from pageserver.layered_repository.io_stats cimport IoStats
 from pageserver.layered_repository.key cimport Key, key_bytes, key_equal, key_less, key_parse
 from pageserver.layered_repository.key_filter cimport filter_lines_for
 from pageserver.layered_repository.layer_block cimport (
@@ -54,7 +55,7 @@ cdef class LayerFile:
     `name` is its LayerName, ids are 16 bytes each. The file is opened when it is first used and its
     header checked against all of them; the DescriptorCache `descriptors` may close it in between,
     and its `blocks` keep what reads have verified until they need the room or this object goes.
-    `size` is that of the file in bytes, where it is known. Whoever removes the file sets `gone`
+    `size` is that of the file in bytes, where it is known; `io` counts what is read. Whoever removes the file sets `gone`
     before.
 
     Every method that reads raises CorruptLayerError (with `path` and `offset`) if what is read is
@@ -63,7 +64,7 @@ cdef class LayerFile:
     """
 
     def __cinit__(self, path, name, bytes tenant not None, bytes timeline not None, *,
-                  descriptors=None, size=None):
+                  descriptors=None, size=None, IoStats io=None):
         self.path = os.fspath(path)
         self.name = name
         self.key_start = name.key_start
@@ -76,6 +77,7 @@ cdef class LayerFile:
         self.descriptors = descriptors
         self.blocks = None if descriptors is None else descriptors.blocks
         self.known_size = size
+        self.io = io
         self.lock = threading.Lock()
 
     def __dealloc__(self):
@@ -99,7 +101,8 @@ cdef class LayerFile:
             if opened is not None:
                 return opened
             try:
-                opened = OpenLayer(self.path, self.name, self.tenant, self.timeline, self.blocks)
+                opened = OpenLayer(
+                    self.path, self.name, self.tenant, self.timeline, self.blocks, self.io)
             except FileNotFoundError as error:
                 if self.gone:
                     raise LayerGoneError(f"{self.path}: the layer was removed") from error

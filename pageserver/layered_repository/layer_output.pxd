@@ -1,6 +1,8 @@
 """The file a layer is written to: see layer_output.pyx."""
 from libc.stdint cimport uint8_t, uint64_t
 
+from pageserver.layered_repository.io_stats cimport IoStats
+
 cdef enum:
     OUTPUT_SIZE = 1 << 20
     OUTPUT_RAISED = -2       # `raise_error` raises what the Files object raised
@@ -8,6 +10,7 @@ cdef enum:
 cdef class LayerOutput:
     cdef readonly str path
     cdef object files, raised
+    cdef IoStats io              # None: not counted
     cdef bint native
     cdef int fd
     cdef uint64_t position       # in the file, of the first byte of `buffer`

@@ -11,6 +11,7 @@ from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libc.stdlib cimport free, malloc
 
 from pageserver.layered_repository.files import Files
+from pageserver.layered_repository.io_stats cimport clock_seconds
 
 cdef extern from *:
     """
@@ -47,10 +48,11 @@ cdef object view_of(const uint8_t *data, size_t size):
 cdef class LayerOutput:
     """A new file at `path`, written from its start through the Files object. Raises OSError."""
 
-    def __cinit__(self, str path not None, files not None):
+    def __cinit__(self, str path not None, files not None, IoStats io=None):
         self.fd = -1
         self.path = path
         self.files = files
+        self.io = io
         self.native = type(files) is Files
         self.buffer = <uint8_t *> malloc(OUTPUT_SIZE)
         if self.buffer == NULL:
@@ -81,8 +83,11 @@ cdef class LayerOutput:
 
     cdef int write_at(self, const uint8_t *data, size_t size, uint64_t offset) noexcept nogil:
         cdef ssize_t written
+        cdef double started
+        cdef size_t whole = size
         if size == 0:
             return 0
+        started = clock_seconds()
         if not self.native:
             with gil:
                 try:
@@ -102,10 +107,13 @@ cdef class LayerOutput:
             data += written
             size -= written
             offset += written
+        if self.io is not None:
+            self.io.count_write(started, whole)
         return 0
 
     cdef int sync(self) noexcept nogil:
         """Make the content durable."""
+        cdef double started
         if not self.native:
             with gil:
                 try:
@@ -114,7 +122,12 @@ cdef class LayerOutput:
                     self.raised = error
                     return OUTPUT_RAISED
             return 0
-        return 0 if posix_fsync(self.fd) == 0 else errno
+        started = clock_seconds()
+        if posix_fsync(self.fd) != 0:
+            return errno
+        if self.io is not None:
+            self.io.count_fsync(started)
+        return 0
 
     cdef int raise_error(self, int code) except -1:
         """Raise the exception of a result that is not 0."""

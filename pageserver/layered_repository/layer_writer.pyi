@@ -4,6 +4,7 @@ from typing_extensions import Buffer
 
 from pageserver.layered_repository.files import Files
 from pageserver.layered_repository.inmemory_layer import InMemoryLayer
+from pageserver.layered_repository.io_stats import IoStats
 from pageserver.layered_repository.layer_name import LayerName
 
 class LayerWriter:
@@ -15,6 +16,7 @@ class LayerWriter:
         *,
         files: Files = ...,
         compress: bool = False,
+        io: IoStats | None = None,
     ) -> None: ...
     @property
     def path(self) -> str: ...

@@ -13,6 +13,7 @@ from libc.string cimport memcpy, memset
 
 from pageserver.layered_repository.files import FILES
 from pageserver.layered_repository.inmemory_layer cimport InMemoryLayer
+from pageserver.layered_repository.io_stats cimport IoStats
 from pageserver.layered_repository.key cimport (
     FLAGS_IMAGE,
     KEY_SIZE,
@@ -77,11 +78,11 @@ cdef inline void finish_header(uint8_t *header, uint64_t offset, uint8_t kind, u
 cdef class LayerWriter:
     """Writes one layer file at `path`, a temporary name; ids are 16 bytes each.
 
-    With `compress` blocks that get smaller by it are compressed. Raises OSError, ZstdUnavailable.
+    With `compress` blocks that get smaller by it are compressed; `io` counts what is written. Raises OSError, ZstdUnavailable.
     """
 
     def __cinit__(self, path, bytes tenant not None, bytes timeline not None, *, files=FILES,
-                  bint compress=False):
+                  bint compress=False, IoStats io=None):
         if len(tenant) != 16 or len(timeline) != 16:
             raise ValueError("tenant and timeline ids have 16 bytes")
         self.tenant = tenant
@@ -94,7 +95,7 @@ cdef class LayerWriter:
             if self.compressor == NULL:
                 raise MemoryError("no memory for a zstd context")
         self.low_lsn = 0xFFFFFFFFFFFFFFFFU
-        self.out = LayerOutput(os.fspath(path), files)
+        self.out = LayerOutput(os.fspath(path), files, io)
         # Room for the file header, which is known at the end only.
         memset(self.out.buffer, 0, HEADER_SIZE)
         self.out.used = HEADER_SIZE

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from pageserver.failpoints import BEFORE_DELETE, BEFORE_RENAME
 from pageserver.layered_repository.errors import TimelineStopped
 from pageserver.layered_repository.layer_file import LayerFile
 from pageserver.layered_repository.metadata_keeper import Change, unchanged
@@ -59,6 +60,8 @@ class Maintenance:
         Raises what MetadataKeeper.settle does.
         """
         try:
+            if BEFORE_RENAME.active:
+                BEFORE_RENAME.hit()
             self._timeline.metadata.settle()
         except BaseException:
             self._timeline.directory.discard(finished)
@@ -77,6 +80,8 @@ class Maintenance:
         gone, nor does a reader that starts later. Raises what MetadataKeeper.commit does.
         """
         self._timeline.metadata.commit(change, add=add, remove=remove)
+        if remove and BEFORE_DELETE.active:
+            BEFORE_DELETE.hit()
         for layer in remove:
             try:
                 self._timeline.directory.unlink(layer)

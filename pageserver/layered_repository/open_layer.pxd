@@ -10,6 +10,7 @@ is right but not complete.
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from pageserver.layered_repository.block_cache cimport BlockCache
+from pageserver.layered_repository.io_stats cimport IoStats
 from pageserver.layered_repository.key cimport Key
 from pageserver.layered_repository.layer_block cimport ReadError, Scratch
 from pageserver.layered_repository.read_batch cimport Query, ReadBatch
@@ -28,6 +29,7 @@ cdef class OpenLayer:
     cdef readonly uint8_t codec
     cdef int fd
     cdef BlockCache blocks       # None: blocks are not kept
+    cdef IoStats io              # None: not counted
     cdef uint64_t number         # of the file, in `blocks`
     cdef tuple identity          # no other file has it
     cdef Key first_key, end_key

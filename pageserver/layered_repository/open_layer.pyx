@@ -18,6 +18,7 @@ from libc.string cimport memcmp
 
 from pageserver.layered_repository.block_cache cimport BlockCache, block_release
 from pageserver.layered_repository.errors import CorruptLayerError, FormatVersionError
+from pageserver.layered_repository.io_stats cimport IoStats, clock_seconds
 from pageserver.layered_repository.key cimport (
     KEY_SIZE,
     WILL_INIT,
@@ -98,19 +99,25 @@ cdef class OpenLayer:
     """The file at `path`, opened and checked to be the layer of that LayerName.
 
     Its blocks are kept in `blocks`, None: nowhere. Set `number` before the first lookup then.
+    `io` counts what is read, None: nothing does.
     Raises CorruptLayerError (with `path` and `offset`), FormatVersionError, OSError and
     ZstdUnavailable.
     """
 
     def __cinit__(self, str path not None, name, bytes tenant not None, bytes timeline not None,
-                  BlockCache blocks=None):
+                  BlockCache blocks=None, IoStats io=None):
         cdef uint8_t header[HEADER_SIZE]
         cdef ReadError error
+        cdef double started
         cdef int code
         self.fd = -1
         self.path = path
         self.blocks = blocks
+        self.io = io
+        started = clock_seconds()
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        if io is not None:
+            io.open_time.add(clock_seconds() - started)
         with nogil:
             code = self.read_at(header, HEADER_SIZE, 0, &error)
         if code != 0:
@@ -281,6 +288,7 @@ cdef class OpenLayer:
         """Read exactly `size` bytes; 0 or an error code."""
         cdef ssize_t got
         cdef size_t done = 0
+        cdef double started = clock_seconds() if self.io is not None else 0
         while done < size:
             got = posix_pread(self.fd, buffer + done, size - done, <int64_t> (offset + done))
             if got > 0:
@@ -290,6 +298,8 @@ cdef class OpenLayer:
             elif errno != EINTR:
                 error.number = errno
                 return read_failed(error, E_IO, offset + done)
+        if self.io is not None:
+            self.io.count_read(started, size)
         return 0
 
     cdef int load_leaf(self, Scratch *s, int64_t number) noexcept nogil:

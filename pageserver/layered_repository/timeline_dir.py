@@ -34,6 +34,7 @@ from pageserver.layered_repository.errors import (
 )
 from pageserver.layered_repository.files import FILES, Files, temp_path
 from pageserver.layered_repository.inmemory_layer import InMemoryLayer
+from pageserver.layered_repository.io_stats import IoStats
 from pageserver.layered_repository.layer_file import LayerFile
 from pageserver.layered_repository.layer_list import (
     ListedLayer,
@@ -87,6 +88,8 @@ class TimelineDir:
     timeline_id: TimelineId
     files: Files = FILES
     descriptors: DescriptorCache | None = None
+    io: IoStats | None = None
+    """Counts what is read from and written to layer files."""
 
     # ---- the directory
 
@@ -247,6 +250,7 @@ class TimelineDir:
             self.timeline_id.raw,
             descriptors=self.descriptors,
             size=size,
+            io=self.io,
         )
 
     def new_writer(self, *, compress: bool = False, directory: Path | None = None) -> LayerWriter:
@@ -258,6 +262,7 @@ class TimelineDir:
             self.timeline_id.raw,
             files=self.files,
             compress=compress,
+            io=self.io,
         )
 
     def install(self, finished: Sequence[FinishedLayer]) -> list[LayerFile]:

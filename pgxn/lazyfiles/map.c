@@ -24,6 +24,7 @@ uint8_t    *lazy_states;
 Statistics *lazy_statistics;
 
 static LazyFork *forks;
+static const char *lazy_auth_token;
 
 /*
  * Ring of written free space map blocks.  A producer takes a ticket, fills the entry, then publishes it
@@ -217,6 +218,24 @@ setting(const char *name)
 	return value;
 }
 
+/*
+ * The same of a secret, which is wiped out of the environment: neither /proc/PID/environ nor the
+ * programs that the server runs (COPY ... PROGRAM, archive_command) show it to SQL users.
+ */
+static const char *
+secret_setting(const char *name)
+{
+	const char *copy = setting(name);
+	char	   *value = getenv(name);
+
+	if (value != NULL)
+	{
+		explicit_bzero(value, strlen(value));
+		unsetenv(name);
+	}
+	return copy;
+}
+
 static void
 after_fork_in_child(void)
 {
@@ -237,12 +256,21 @@ lazyfiles_start(void)
 		return;
 	if (!path || !address || !tenant || !timeline)
 		lazy_die("ZENITH_LAZYFILES_MAP, _PAGESERVER, _TENANT and _TIMELINE must be set together");
-	connection_init(address, tenant, timeline, setting("ZENITH_AUTH_TOKEN"));
+	lazy_auth_token = secret_setting("ZENITH_AUTH_TOKEN");
+	connection_init(address, tenant, timeline, lazy_auth_token);
 	relpath_init();
 	extension_init(setting("ZENITH_LAZYFILES_EXTENSIONS"));
 	open_map(path);
 	if (pthread_atfork(NULL, NULL, after_fork_in_child) != 0)
 		lazy_die("cannot register a fork handler");
+}
+
+/* For libraries that ask the pageserver themselves: their password there; NULL if it asks for none. */
+EXPORT const char *zenith_lazyfiles_auth_token(void);
+EXPORT const char *
+zenith_lazyfiles_auth_token(void)
+{
+	return lazy_auth_token;
 }
 
 /* For the zenith library: is the server really protected? */

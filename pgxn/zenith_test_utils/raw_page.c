@@ -1,14 +1,16 @@
 /*
  * get_raw_page_at_lsn(): a page as the pageserver has it, past buffers and files of this server.
  *
- * The connection is made for the one request.  Where the pageserver is, and the token, are in the
- * environment of the server as lazyfiles finds them (map.c there).
+ * The connection is made for the one request.  Where the pageserver is stands in the environment of
+ * the server as lazyfiles finds it (map.c there), which has the token, too.
  *
  *   request   u8 2, u8 latest, u64 lsn, u32 spcnode, u32 dbnode, u32 relnode, u8 forknum, u32 blkno
  *   page      u8 102, 8192 bytes
  *   error     u8 103, message, NUL
  */
 #include "postgres.h"
+
+#include <dlfcn.h>
 
 #include "access/relation.h"
 #include "catalog/namespace.h"
@@ -178,6 +180,16 @@ receive_page(uint8_t *page, char *reason, size_t size)
 	return false;
 }
 
+/* The token for the pageserver, which lazyfiles has taken out of the environment; NULL without one. */
+static const char *
+auth_token(void)
+{
+	const char *(*token) (void) =
+		(const char *(*) (void)) dlsym(RTLD_DEFAULT, "zenith_lazyfiles_auth_token");
+
+	return token != NULL ? token() : NULL;
+}
+
 static void
 open_connection(void)
 {
@@ -191,7 +203,7 @@ open_connection(void)
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 				 errmsg("this server has no pageserver"),
 				 errhint("Start the compute node with \"zenith pg start\".")));
-	connection_init(address, tenant, timeline, getenv("ZENITH_AUTH_TOKEN"));
+	connection_init(address, tenant, timeline, auth_token());
 	connection_drop();			/* one that an interrupted call has left */
 	if (!connection_open(reason, sizeof(reason)))
 	{

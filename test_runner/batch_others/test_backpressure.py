@@ -126,7 +126,11 @@ def start(builder: ZenithEnvBuilder, *lines: str) -> Postgres:
 
 
 def test_write_lag(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """With the pageserver away commits go on up to the limit, then wait, then go on."""
+    """With the pageserver away commits go on up to the limit, then wait, then go on.
+
+    Unbounded, a pageserver that is away would let WAL pile up until every disk is full; held
+    too early, its restart would stop all work.
+    """
     pg = start(zenith_env_builder, "max_replication_write_lag=1MB")
     with session(pg) as probe, contextlib.closing(pg.connect()) as connection:
         assert probe.row("SELECT pg_size_bytes(current_setting('max_replication_write_lag'))") == (
@@ -154,7 +158,11 @@ def test_write_lag(zenith_env_builder: ZenithEnvBuilder) -> None:
 
 
 def test_lag_of_a_slow_pageserver(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """The lag stays within the limit, by not more than the transactions under way."""
+    """The lag stays within the limit, by not more than the transactions under way.
+
+    The limit is what bounds how long a new compute, or a cold read, has to wait: it must hold
+    under load, too, not only at rest.
+    """
     pg = start(zenith_env_builder, "max_replication_write_lag=1MB")
     with session(pg) as probe, writer(pg) as one, writer(pg) as other:
         worst = 0
@@ -172,7 +180,11 @@ def test_lag_of_a_slow_pageserver(zenith_env_builder: ZenithEnvBuilder) -> None:
 
 
 def test_flush_lag_and_reload(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """What the pageserver has received counts when it is on disk; a reload changes the limits."""
+    """What the pageserver has received counts when it is on disk; a reload changes the limits.
+
+    What is only in the pageserver's memory must be sent again after a crash: this limit bounds
+    how much, and an operator turns it without a restart.
+    """
     pg = start(zenith_env_builder, "max_replication_write_lag=-1", "max_replication_flush_lag=1MB")
     with session(pg) as probe, writer(pg) as writing:
         wait_until(lambda: probe.is_held(writing.pid), what="a commit to be held back")
@@ -214,7 +226,11 @@ def timeline_id(pg: Postgres) -> uuid.UUID:
 
 
 def test_stop_while_commits_are_held(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """A clean stop does not wait for the pageserver, and keeps what was held back."""
+    """A clean stop does not wait for the pageserver, and keeps what was held back.
+
+    Somebody whose pageserver is down must still be able to shut down cleanly, and to find what
+    was committed.
+    """
     pg = start(zenith_env_builder, "max_replication_write_lag=1MB")
     with session(pg) as probe, writer(pg) as writing:
         wait_until(lambda: writing.committed, what="a commit")
@@ -232,7 +248,11 @@ def test_stop_while_commits_are_held(zenith_env_builder: ZenithEnvBuilder) -> No
 
 @pytest.mark.parametrize("num_safekeepers", [0, 3])
 def test_extension(zenith_env_builder: ZenithEnvBuilder, num_safekeepers: int, pg_bin: Any) -> None:
-    """CREATE EXTENSION on a distribution that knows nothing of it: dumps, restarts, old states."""
+    """CREATE EXTENSION on a distribution that knows nothing of it: dumps, restarts, old states.
+
+    Users dump, restore and look back at databases with the extension in them: it must survive
+    all that on stock Postgres.
+    """
     zenith_env_builder.num_safekeepers = num_safekeepers
     env = zenith_env_builder.init_start()
     pg = env.postgres.create_start("main")

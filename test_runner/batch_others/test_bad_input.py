@@ -24,7 +24,11 @@ GARBAGE = [
 
 
 def test_cli_errors(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """Unknown things by name, each with an exit status."""
+    """Unknown things by name, each with an exit status.
+
+    Scripts rely on the status and people on the text: an error that passes for success, or a
+    traceback, helps neither.
+    """
     zenith_env_builder.num_safekeepers = 1
     env = zenith_env_builder.init_start()
 
@@ -57,7 +61,11 @@ def test_cli_errors(zenith_env_builder: ZenithEnvBuilder) -> None:
 
 
 def test_occupied_ports(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """A port that somebody else has is named, and the rest of the environment is untouched."""
+    """A port that somebody else has is named, and the rest of the environment is untouched.
+
+    It is the most frequent reason of a failed start, and must not leave half an environment
+    behind.
+    """
     zenith_env_builder.num_safekeepers = 1
     env = zenith_env_builder.init()
     with socket.create_server(("127.0.0.1", env.pageserver.service_port.pg)):
@@ -81,7 +89,10 @@ def test_occupied_ports(zenith_env_builder: ZenithEnvBuilder) -> None:
 
 
 def test_missing_programs(zenith_env_builder: ZenithEnvBuilder, tmp_path: Path) -> None:
-    """Without Postgres, or outside an environment, the command says what to do."""
+    """Without Postgres, or outside an environment, the command says what to do.
+
+    These are a newcomer's first minutes: the remedy has to stand in the message.
+    """
     paths = zenith_env_builder.paths
     zenith = str(paths.zenith_bin / "zenith")
     environment = {**os.environ, "ZENITH_REPO_DIR": str(tmp_path / "repo")}
@@ -122,7 +133,11 @@ def send_garbage(port: int) -> None:
 
 
 def test_garbage_on_every_port(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """Bytes that are no protocol cost their connection, not the daemon."""
+    """Bytes that are no protocol cost their connection, not the daemon.
+
+    Port scanners and misdirected clients are everyday guests; none may take the storage of
+    everybody else down.
+    """
     zenith_env_builder.num_safekeepers = 1
     env = zenith_env_builder.init_start()
     pg = env.postgres.create_start("main")
@@ -144,7 +159,11 @@ def _ports(env: ZenithEnv) -> list[int]:
 
 
 def test_damaged_wal(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """A flipped bit in a safekeeper's WAL is an error there, never a wrong page elsewhere."""
+    """A flipped bit in a safekeeper's WAL is an error there, never a wrong page elsewhere.
+
+    Disks rot. Damage must be found by the CRC and named before it becomes data that somebody
+    trusts.
+    """
     zenith_env_builder.num_safekeepers = 1
     env = zenith_env_builder.init_start()
     pg = env.postgres.create_start("main")

@@ -12,7 +12,11 @@ FLUSH_LSN = "SELECT pg_current_wal_flush_lsn()::text"
 
 @pytest.mark.parametrize("num_safekeepers", [0, 1])
 def test_branches(zenith_env_builder: ZenithEnvBuilder, num_safekeepers: int) -> None:
-    """At the newest and at past LSNs, a branch of a branch of a branch; writers do not meet."""
+    """At the newest and at past LSNs, a branch of a branch of a branch; writers do not meet.
+
+    It is what Zenith is for: any state as a database of its own, at no cost, and nothing done
+    in it shows in another.
+    """
     zenith_env_builder.num_safekeepers = num_safekeepers
     env = zenith_env_builder.init_start()
     main = env.postgres.create_start("main")
@@ -53,7 +57,11 @@ def test_branches(zenith_env_builder: ZenithEnvBuilder, num_safekeepers: int) ->
 
 
 def test_branch_at_segment_boundary(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """A branch at 0/3000000 and the like starts on a page header, not on a record."""
+    """A branch at 0/3000000 and the like starts on a page header, not on a record.
+
+    Users pick LSNs, not record boundaries: WAL that begins at a page header must not end in a
+    branch that cannot start or be written to.
+    """
     zenith_env_builder.num_safekeepers = 1
     env = zenith_env_builder.init_start()
     main = env.postgres.create_start("main")
@@ -75,7 +83,11 @@ def test_branch_at_segment_boundary(zenith_env_builder: ZenithEnvBuilder) -> Non
 
 
 def test_read_only_nodes(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """Nodes at an LSN see exactly that state, refuse writes, and several run at once."""
+    """Nodes at an LSN see exactly that state, refuse writes, and several run at once.
+
+    Who looks into the past for what was lost must find just that moment, however often and from
+    wherever it is looked at.
+    """
     zenith_env_builder.num_safekeepers = 1
     env = zenith_env_builder.init_start()
     main = env.postgres.create_start("main")
@@ -105,7 +117,11 @@ def test_read_only_nodes(zenith_env_builder: ZenithEnvBuilder) -> None:
 
 
 def test_bad_lsns(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """What cannot be branched is refused with the reason, and nothing is left behind."""
+    """What cannot be branched is refused with the reason, and nothing is left behind.
+
+    An LSN is easily mistyped: a branch at some other point than the one meant would be worse
+    than none.
+    """
     zenith_env_builder.num_safekeepers = 1
     zenith_env_builder.pageserver_config_override = "wait_lsn_timeout='1 s'"
     env = zenith_env_builder.init_start()

@@ -70,7 +70,11 @@ def files_size(pg: Postgres) -> int:
 
 @pytest.mark.parametrize("num_safekeepers", [0, 3])
 def test_limit(zenith_env_builder: ZenithEnvBuilder, num_safekeepers: int) -> None:
-    """Growth is refused at the limit, and room is made by what makes room."""
+    """Growth is refused at the limit, and room is made by what makes room.
+
+    The limit is a promise to whoever pays for the disk; but a database that is full must still
+    let its user read, and make room.
+    """
     zenith_env_builder.num_safekeepers = num_safekeepers
     env = zenith_env_builder.init_start()
     pg = env.postgres.create_start("main", config_lines=[f"zenith.max_cluster_size={LIMIT}MB"])
@@ -150,7 +154,10 @@ def test_limit(zenith_env_builder: ZenithEnvBuilder, num_safekeepers: int) -> No
 
 
 def test_limit_without_the_pageserver(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """A compute counts its own growth: the limit holds while the pageserver is away."""
+    """A compute counts its own growth: the limit holds while the pageserver is away.
+
+    Else the size would run away just when nobody reports it.
+    """
     zenith_env_builder.num_safekeepers = 3
     env = zenith_env_builder.init_start()
     pg = env.postgres.create_start(
@@ -178,7 +185,11 @@ def test_limit_without_the_pageserver(zenith_env_builder: ZenithEnvBuilder) -> N
 
 
 def test_sizes_of_branches(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """The size is of the branch, with what it has of its ancestor, whatever happens to that."""
+    """The size is of the branch, with what it has of its ancestor, whatever happens to that.
+
+    A branch is limited by what it shows, not by what it happens to store: else a drop in the
+    ancestor would let it in, or keep it out.
+    """
     zenith_env_builder.num_safekeepers = 3
     env = zenith_env_builder.init_start()
     pg = env.postgres.create_start("main")

@@ -49,7 +49,11 @@ def accounts(pg: Postgres, rows: int = 20000) -> None:
 
 
 def test_every_state_survives(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """Merged and imaged while it is written, history is what it was; then restarted, then read."""
+    """Merged and imaged while it is written, history is what it was; then restarted, then read.
+
+    Compaction rewrites all that there is: a version that it leaves out, or a deletion that it
+    revives, is history falsified for good.
+    """
     zenith_env_builder.num_safekeepers = 1
     zenith_env_builder.pageserver_config_override = f"{BUSY};gc_horizon=0"
     env = zenith_env_builder.init_start()
@@ -72,7 +76,10 @@ def test_every_state_survives(zenith_env_builder: ZenithEnvBuilder) -> None:
 
 
 def test_files_stay_few(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """With history bounded so is the number of layers, and the space they take."""
+    """With history bounded so is the number of layers, and the space they take.
+
+    A store that only grows fills its disk, and each file more slows every read down.
+    """
     zenith_env_builder.num_safekeepers = 1
     zenith_env_builder.pageserver_config_override = f"{BUSY};gc_horizon=1048576;pitr_interval='0 s'"
     env = zenith_env_builder.init_start()
@@ -97,7 +104,11 @@ def test_files_stay_few(zenith_env_builder: ZenithEnvBuilder) -> None:
 
 
 def test_readers_do_not_notice(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """Cold reads and branches while layers come and go under them."""
+    """Cold reads and branches while layers come and go under them.
+
+    Files are replaced while they are read: a reader caught in between would see an error, or a
+    page of the wrong time.
+    """
     zenith_env_builder.num_safekeepers = 1
     zenith_env_builder.pageserver_config_override = (
         f"{BUSY};gc_horizon=262144;pitr_interval='0 s';max_file_descriptors=5;page_cache_size=64"
@@ -132,7 +143,10 @@ def test_readers_do_not_notice(zenith_env_builder: ZenithEnvBuilder) -> None:
 
 
 def test_metrics_of_the_work(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """Layers are counted and the work on them is timed, for each timeline."""
+    """Layers are counted and the work on them is timed, for each timeline.
+
+    They are how an operator tells a store that keeps up from one that falls behind.
+    """
     zenith_env_builder.num_safekeepers = 1
     zenith_env_builder.pageserver_config_override = f"{BUSY};gc_horizon=0"
     env = zenith_env_builder.init_start()

@@ -25,6 +25,8 @@ def spawn(env: ZenithEnv, *arguments: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # Tests that were started in the background of a shell ignore it, and their children, too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -50,7 +52,11 @@ def servers(pg: Postgres) -> list[int]:
 
 
 def test_supervisor_killed_while_starting(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """Whenever it is killed: no server is left behind, and the next start has data and files."""
+    """Whenever it is killed: no server is left behind, and the next start has data and files.
+
+    A machine may die at any moment of a start; a server nobody watches, or a directory half
+    swapped, would need an expert to clean up.
+    """
     zenith_env_builder.num_safekeepers = 1
     env = zenith_env_builder.init_start()
     pg = env.postgres.create("main", config_lines=["include 'own.d/extra.conf'"])
@@ -78,7 +84,11 @@ def test_supervisor_killed_while_starting(zenith_env_builder: ZenithEnvBuilder) 
 
 
 def test_stop_while_starting(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """A start that waits for the safekeepers ends at once when it is told to."""
+    """A start that waits for the safekeepers ends at once when it is told to.
+
+    Who sees a start hang presses Ctrl-C: it must be over then, and leave a node that can be
+    started.
+    """
     zenith_env_builder.num_safekeepers = 3
     env = zenith_env_builder.init_start()
     pg = env.postgres.create("main")
@@ -117,7 +127,10 @@ def test_stop_while_starting(zenith_env_builder: ZenithEnvBuilder) -> None:
 
 
 def test_stop_without_quorum(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """A stop that cannot push the last WAL has a deadline, and may be cut short."""
+    """A stop that cannot push the last WAL has a deadline, and may be cut short.
+
+    Stock Postgres waits for ever for a standby that is away: no node may be impossible to stop.
+    """
     zenith_env_builder.num_safekeepers = 1
     env = zenith_env_builder.init_start()
     pg = env.postgres.create_start("main", config_lines=["zenith.stop_timeout = '2 s'"])
@@ -145,7 +158,11 @@ def test_stop_without_quorum(zenith_env_builder: ZenithEnvBuilder) -> None:
 
 
 def test_crash_leaves_nothing(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """A killed postmaster's backends, and what they started, end; a start right then waits."""
+    """A killed postmaster's backends, and what they started, end; a start right then waits.
+
+    A backend that outlived its server could still write into the directory that the next one is
+    using.
+    """
     env = zenith_env_builder.init_start()
     pg = env.postgres.create_start("main")
     with contextlib.closing(pg.connect()) as conn, conn.cursor() as cur:
@@ -175,7 +192,11 @@ def spawn_program(pg: Postgres) -> int:
 
 
 def test_settings(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """The user's settings hold in every form, save those that durability rests on."""
+    """The user's settings hold in every form, save those that durability rests on.
+
+    People bring their postgresql.conf along. What they set must work, but no line of it may
+    cost them a commit.
+    """
     zenith_env_builder.num_safekeepers = 1
     env = zenith_env_builder.init_start()
     pg = env.postgres.create("main")
@@ -228,7 +249,11 @@ def reload_until(pg: Postgres, name: str, value: str) -> None:
 
 
 def test_parallel_commands(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """Commands at once lose no branch, share no port, and start a node once."""
+    """Commands at once lose no branch, share no port, and start a node once.
+
+    Test suites and CI jobs run the command side by side: a lost name or a shared port would
+    fail one of them at random.
+    """
     env = zenith_env_builder.init_start()
     names = [f"b{i}" for i in range(8)]
     with ThreadPoolExecutor(8) as pool:
@@ -253,7 +278,11 @@ def test_parallel_commands(zenith_env_builder: ZenithEnvBuilder) -> None:
 
 @pytest.mark.parametrize("immediate", [False, True])
 def test_daemons_twice(zenith_env_builder: ZenithEnvBuilder, immediate: bool) -> None:
-    """What runs is not started again, what is stopped says so, a stale pid file deceives nobody."""
+    """What runs is not started again, what is stopped says so, a stale pid file deceives nobody.
+
+    A pid file outlives its process: signalling whoever has the number now would kill a
+    stranger.
+    """
     zenith_env_builder.num_safekeepers = 1
     env = zenith_env_builder.init_start()
     pid_file = env.repo_dir / "pageserver.pid"

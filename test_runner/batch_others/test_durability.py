@@ -90,7 +90,10 @@ def test_cancelled_commit(zenith_env_builder: ZenithEnvBuilder) -> None:
 
 
 def test_terminated_commit(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """A backend terminated while its commit waits tells its client nothing of success."""
+    """A backend terminated while its commit waits tells its client nothing of success.
+
+    A client that is told of success goes on to act on it: better no word than a false one.
+    """
     zenith_env_builder.num_safekeepers = 3
     env = zenith_env_builder.init_start()
     pg = env.postgres.create_start("main")
@@ -103,7 +106,11 @@ def test_terminated_commit(zenith_env_builder: ZenithEnvBuilder) -> None:
 
 
 def test_statement_timeout_of_commit(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """A statement timeout that strikes in the commit's wait acknowledges nothing either."""
+    """A statement timeout that strikes in the commit's wait acknowledges nothing either.
+
+    A timeout is how most applications bound a query: it must not turn into an acknowledgement
+    of what could still be lost.
+    """
     zenith_env_builder.num_safekeepers = 3
     env = zenith_env_builder.init_start()
     pg = env.postgres.create_start("main")
@@ -125,7 +132,11 @@ def test_statement_timeout_of_commit(zenith_env_builder: ZenithEnvBuilder) -> No
 
 
 def test_stop_without_quorum(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """A fast shutdown would wait for the walsender for ever: the stop ends by its deadline."""
+    """A fast shutdown would wait for the walsender for ever: the stop ends by its deadline.
+
+    A node that cannot be stopped while safekeepers are down would keep its machine from being
+    repaired.
+    """
     zenith_env_builder.num_safekeepers = 3
     env = zenith_env_builder.init_start()
     pg = env.postgres.create_start("main", config_lines=["zenith.stop_timeout=2s"])
@@ -143,7 +154,11 @@ def test_stop_without_quorum(zenith_env_builder: ZenithEnvBuilder) -> None:
 
 
 def test_free_space_survives(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """The free space map is not WAL-logged by Postgres: a half-empty table must not grow."""
+    """The free space map is not WAL-logged by Postgres: a half-empty table must not grow.
+
+    Computes start often: a table that forgot its free space each time would grow without
+    bounds.
+    """
     zenith_env_builder.num_safekeepers = 1
     env = zenith_env_builder.init_start()
     pg = env.postgres.create_start("main", config_lines=["autovacuum=off"])
@@ -174,7 +189,11 @@ def test_free_space_survives(zenith_env_builder: ZenithEnvBuilder) -> None:
 
 
 def test_local_files_survive(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """Statistics, ALTER SYSTEM, pg_hba.conf and the user's own files outlive the directory."""
+    """Statistics, ALTER SYSTEM, pg_hba.conf and the user's own files outlive the directory.
+
+    The directory is made anew at each start, which its users do not know: what they put there
+    must be there.
+    """
     zenith_env_builder.num_safekeepers = 1
     env = zenith_env_builder.init_start()
     pg = env.postgres.create_start("main")
@@ -205,7 +224,10 @@ def test_local_files_survive(zenith_env_builder: ZenithEnvBuilder) -> None:
 
 
 def test_wal_waits_for_proposer(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """WAL that the walproposer has not read yet is not removed by checkpoints."""
+    """WAL that the walproposer has not read yet is not removed by checkpoints.
+
+    WAL that goes before the quorum has it is gone for good: the node could never commit again.
+    """
     zenith_env_builder.num_safekeepers = 1
     env = zenith_env_builder.init_start()
     pg = env.postgres.create_start(
@@ -233,7 +255,11 @@ def test_wal_waits_for_proposer(zenith_env_builder: ZenithEnvBuilder) -> None:
 
 
 def test_limits_never_too_low(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """Settings below what the WAL was written with are raised instead of failing the start."""
+    """Settings below what the WAL was written with are raised instead of failing the start.
+
+    Postgres refuses to start below such a limit: a change of a setting must not lock anybody
+    out of their data.
+    """
     zenith_env_builder.num_safekeepers = 1
     env = zenith_env_builder.init_start()
     pg = env.postgres.create_start("main", config_lines=["max_prepared_transactions=5"])
@@ -252,7 +278,10 @@ def test_limits_never_too_low(zenith_env_builder: ZenithEnvBuilder) -> None:
 
 
 def test_promoted_node_is_stopped(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """A read-only node promoted behind Postgres' back would diverge: it is stopped."""
+    """A read-only node promoted behind Postgres' back would diverge: it is stopped.
+
+    It would take writes that no storage ever gets, and lose them without a word.
+    """
     zenith_env_builder.num_safekeepers = 1
     env = zenith_env_builder.init_start()
     main = env.postgres.create_start("main")
@@ -270,7 +299,10 @@ def test_promoted_node_is_stopped(zenith_env_builder: ZenithEnvBuilder) -> None:
 def test_durability_cannot_be_switched_off(
     zenith_env_builder: ZenithEnvBuilder, num_safekeepers: int
 ) -> None:
-    """What acknowledged commits rest on cannot be changed by ALTER SYSTEM or the file."""
+    """What acknowledged commits rest on cannot be changed by ALTER SYSTEM or the file.
+
+    One line copied from a tuning guide must not make commits volatile.
+    """
     zenith_env_builder.num_safekeepers = num_safekeepers
     env = zenith_env_builder.init_start()
     pg = env.postgres.create_start("main", config_lines=["synchronous_standby_names = ''"])

@@ -106,7 +106,11 @@ def check_journal(pg: Postgres, clients: list[Client]) -> None:
 def test_kill_everything_in_turn(
     zenith_env_builder: ZenithEnvBuilder, pg_bin: PgBin, scale: int, seconds: int
 ) -> None:
-    """A safekeeper, the pageserver, then the compute are killed and restarted under 8 clients."""
+    """A safekeeper, the pageserver, then the compute are killed and restarted under 8 clients.
+
+    It is the promise in one sentence: whatever dies, what was acknowledged is there, once, and
+    indexes and tables agree.
+    """
     zenith_env_builder.num_safekeepers = 3
     zenith_env_builder.safekeepers_sync = True
     env = zenith_env_builder.init_start()

@@ -19,7 +19,11 @@ MANUAL = "gc_horizon=0;compaction_period='0 s';pitr_interval='0 s'"
 
 
 def test_old_lsns_are_refused(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """Below the cutoff there are no branches, base backups and nodes; at it and above there are."""
+    """Below the cutoff there are no branches, base backups and nodes; at it and above there are.
+
+    Past the cutoff some pages are gone and some are not: whatever were made there would be a
+    mixture of two times.
+    """
     zenith_env_builder.num_safekeepers = 1
     zenith_env_builder.pageserver_config_override = MANUAL
     env = zenith_env_builder.init_start()
@@ -101,7 +105,11 @@ def test_running_computes_keep_their_state(
 
 
 def test_collected_by_itself_by_tenant(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """History goes as each tenant's settings say, from one moment to the next."""
+    """History goes as each tenant's settings say, from one moment to the next.
+
+    How far back a tenant can look is what its owner has chosen and pays for: neither less, nor
+    more for ever.
+    """
     zenith_env_builder.num_safekeepers = 1
     zenith_env_builder.pageserver_config_override = EAGER
     env = zenith_env_builder.init_start()
@@ -135,10 +143,10 @@ def test_collected_by_itself_by_tenant(zenith_env_builder: ZenithEnvBuilder) -> 
         assert node.safe_psql("SELECT count(*) FROM t") == [(50000,)]
 
 
-LIVE = "CREATE TABLE live AS SELECT i, md5(i::text) AS t FROM generate_series(1, 300000) i"
+LIVE = "CREATE TABLE live AS SELECT i, md5(i::text) AS t FROM generate_series(1, 100000) i"
 GARBAGE = (
     "CREATE TABLE garbage AS SELECT i, md5(i::text) || md5((i * 7)::text) AS t, random() AS r"
-    " FROM generate_series(1, 2000000) i"
+    " FROM generate_series(1, 500000) i"
 )
 
 
@@ -166,7 +174,10 @@ def settled_size(pg: Postgres) -> int:
 
 @pytest.mark.parametrize("dropped", ["table", "database", "truncated"])
 def test_space_comes_back(zenith_env_builder: ZenithEnvBuilder, dropped: str) -> None:
-    """After 200 MB were dropped the files are as small as if they had never been."""
+    """After 50 MB were dropped the files are as small as if they had never been.
+
+    Who drops data to free a disk must see it freed.
+    """
     zenith_env_builder.num_safekeepers = 1
     zenith_env_builder.pageserver_config_override = MANUAL + ";checkpoint_distance=33554432"
     env = zenith_env_builder.init_start()
@@ -178,7 +189,7 @@ def test_space_comes_back(zenith_env_builder: ZenithEnvBuilder, dropped: str) ->
         database = "doomed"
     pg.safe_psql(GARBAGE, dbname=database)
     size = pg.safe_psql("SELECT pg_table_size('garbage')", dbname=database)[0][0]
-    assert size > 200 << 20
+    assert size > 50 << 20
     branch = Branch.of(pg)
     branch.wait_for(pg)
     branch.checkpoint()
@@ -191,10 +202,10 @@ def test_space_comes_back(zenith_env_builder: ZenithEnvBuilder, dropped: str) ->
         }[dropped]
     )
     left = settled_size(pg)
-    assert pg.safe_psql("SELECT count(*), max(t) FROM live") == [(300000, max_md5(pg))]
+    assert pg.safe_psql("SELECT count(*), max(t) FROM live") == [(100000, max_md5(pg))]
     live = [LIVE]
     if dropped == "truncated":
-        live.append(GARBAGE.replace("2000000", "0"))
+        live.append(GARBAGE.replace("500000", "0"))
     expected = fresh_size(env, *live)
     assert full > 2 * expected
     assert left < 1.2 * expected + (1 << 20), f"{full} before, {left} left, {expected} fresh"
@@ -202,12 +213,16 @@ def test_space_comes_back(zenith_env_builder: ZenithEnvBuilder, dropped: str) ->
 
 def max_md5(pg: Postgres) -> str:
     """What the live table's greatest value must be."""
-    found: str = pg.safe_psql("SELECT max(md5(i::text)) FROM generate_series(1, 300000) i")[0][0]
+    found: str = pg.safe_psql("SELECT max(md5(i::text)) FROM generate_series(1, 100000) i")[0][0]
     return found
 
 
 def test_dropped_relation_can_come_back(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """What is cut off and written anew is what was written last, on disk as in memory."""
+    """What is cut off and written anew is what was written last, on disk as in memory.
+
+    Blocks of a table that shrank and grew again have two lives: garbage of the first must not
+    come back as rows of the second.
+    """
     zenith_env_builder.num_safekeepers = 1
     zenith_env_builder.pageserver_config_override = MANUAL
     env = zenith_env_builder.init_start()

@@ -106,7 +106,11 @@ def check_written(standby: Postgres, writer: Writer) -> None:
 
 
 def test_joins_running_primary(zenith_env_builder: ZenithEnvBuilder, pg_bin: PgBin) -> None:
-    """Transactions that are open or prepared when a standby begins end on it as they should."""
+    """Transactions that are open or prepared when a standby begins end on it as they should.
+
+    A standby that begins in the middle of transactions must neither show what was not committed
+    nor miss what is.
+    """
     zenith_env_builder.num_safekeepers = 3
     env = zenith_env_builder.init_start()
     main = env.postgres.create_start("main", config_lines=SETTINGS)
@@ -201,7 +205,11 @@ SELECT setval('numbers', 50)
 
 
 def test_follows_every_change(zenith_env_builder: ZenithEnvBuilder, pg_bin: PgBin) -> None:
-    """What the standby reads for the first time after everything has changed is right, too."""
+    """What the standby reads for the first time after everything has changed is right, too.
+
+    Pages it never read come from storage at the LSN it began at: one that changed since and
+    were taken from there would be old.
+    """
     zenith_env_builder.num_safekeepers = 3
     env = zenith_env_builder.init_start()
     main = env.postgres.create_start("main")
@@ -248,7 +256,11 @@ def test_follows_every_change(zenith_env_builder: ZenithEnvBuilder, pg_bin: PgBi
 
 
 def test_survives_kills(zenith_env_builder: ZenithEnvBuilder, pg_bin: PgBin) -> None:
-    """The primary, each safekeeper in turn and the standby are killed under load; one hangs."""
+    """The primary, each safekeeper in turn and the standby are killed under load; one hangs.
+
+    Reads are moved to standbys for the sake of availability: none may hang on the one process
+    that died.
+    """
     zenith_env_builder.num_safekeepers = 3
     env = zenith_env_builder.init_start()
     main = env.postgres.create_start("main")
@@ -274,7 +286,11 @@ def test_survives_kills(zenith_env_builder: ZenithEnvBuilder, pg_bin: PgBin) -> 
 
 
 def test_what_both_must_know(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """Vacuum spares what a standby reads, until that is over; settings that must match do."""
+    """Vacuum spares what a standby reads, until that is over; settings that must match do.
+
+    A report that runs for an hour must not be cancelled because of a vacuum elsewhere; and
+    bloat must end when the report does.
+    """
     zenith_env_builder.num_safekeepers = 1
     env = zenith_env_builder.init_start()
     main = env.postgres.create_start("main")
@@ -316,7 +332,10 @@ def test_what_both_must_know(zenith_env_builder: ZenithEnvBuilder) -> None:
 
 
 def test_refusals(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """What cannot be is refused in one clear line."""
+    """What cannot be is refused in one clear line.
+
+    A wrong option has to be told apart from a defect, by what to do instead.
+    """
     zenith_env_builder.num_safekeepers = 1
     env = zenith_env_builder.init_start()
     main = env.postgres.create_start("main")
@@ -339,7 +358,11 @@ def test_refusals(zenith_env_builder: ZenithEnvBuilder) -> None:
 
 
 def test_needs_safekeepers(zenith_simple_env: ZenithEnv) -> None:
-    """Without safekeepers there is nobody to follow."""
+    """Without safekeepers there is nobody to follow.
+
+    An environment for trying things out has none: its user must learn at once why this does not
+    work.
+    """
     command = ["pg", "create", "x", "--hot-standby"]
     done = zenith_simple_env.zenith_cli.raw_cli(command, check_return_code=False)
     assert done.returncode != 0

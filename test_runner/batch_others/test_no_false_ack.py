@@ -58,7 +58,11 @@ def rows_after_crash(pg: Postgres) -> int:
 
 
 def test_every_kind_of_commit_waits_and_is_there(node: tuple[ZenithEnv, Postgres]) -> None:
-    """Cancelled several times, none is acknowledged; with the quorum back each is, and stays."""
+    """Cancelled several times, none is acknowledged; with the quorum back each is, and stays.
+
+    There are many ways to commit, and stock Postgres lets each through when it is cancelled:
+    one that is forgotten here is a commit that can be lost.
+    """
     env, pg = node
     for name in ("p1", "p2", "p3"):
         pg.safe_psql(f"BEGIN; {INSERT}; PREPARE TRANSACTION '{name}'")
@@ -101,7 +105,10 @@ def test_every_kind_of_commit_waits_and_is_there(node: tuple[ZenithEnv, Postgres
 
 
 def test_cancelled_before_the_wait(node: tuple[ZenithEnv, Postgres]) -> None:
-    """A deferred trigger has the commit cancelled before it gets to its wait."""
+    """A deferred trigger has the commit cancelled before it gets to its wait.
+
+    A cancel that is already pending when the wait begins takes another path in Postgres.
+    """
     env, pg = node
     pg.safe_psql(
         "CREATE FUNCTION c() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
@@ -120,7 +127,11 @@ def test_cancelled_before_the_wait(node: tuple[ZenithEnv, Postgres]) -> None:
 
 
 def test_gone_clients_and_terminated_backends(node: tuple[ZenithEnv, Postgres]) -> None:
-    """They end without a word of success; what they wrote may be there or not."""
+    """They end without a word of success; what they wrote may be there or not.
+
+    They must end when they are told to, or sessions pile up until nobody can connect; but in
+    silence.
+    """
     env, pg = node
     with quorum_away(env):
         terminated = waiting(pg)
@@ -142,7 +153,11 @@ def test_gone_clients_and_terminated_backends(node: tuple[ZenithEnv, Postgres]) 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
 def test_shutdown_during_the_wait(node: tuple[ZenithEnv, Postgres], how: signal.Signals) -> None:
-    """Smart, fast, immediate, told to Postgres itself: no client hears of success."""
+    """Smart, fast, immediate, told to Postgres itself: no client hears of success.
+
+    An operator who stops the server during an outage must not make it say yes to everybody who
+    waits.
+    """
     env, pg = node
     postmaster = int(Path(pg.pg_data_dir_path(), "postmaster.pid").read_text().split()[0])
     with quorum_away(env):
@@ -164,7 +179,11 @@ def test_shutdown_during_the_wait(node: tuple[ZenithEnv, Postgres], how: signal.
 
 
 def test_levels_that_cannot_be_silenced(node: tuple[ZenithEnv, Postgres]) -> None:
-    """Whoever sets it, for whomever: the report that the wait hangs on is generated."""
+    """Whoever sets it, for whomever: the report that the wait hangs on is generated.
+
+    The wait hangs on a report that settings could suppress: no role, database or function may
+    switch durability off so.
+    """
     _, pg = node
     with contextlib.closing(pg.connect()) as conn, conn.cursor() as cur:
         cur.execute("ALTER ROLE zenith_admin SET log_min_messages = panic")
@@ -185,7 +204,11 @@ def test_levels_that_cannot_be_silenced(node: tuple[ZenithEnv, Postgres]) -> Non
 
 
 def test_asynchronous_commits_may_be_lost(node: tuple[ZenithEnv, Postgres]) -> None:
-    """`off` returns without the quorum: the one level that promises nothing."""
+    """`off` returns without the quorum: the one level that promises nothing.
+
+    It is what its users ask for; if it waited, they would lose the speed they have paid for
+    with the risk.
+    """
     env, pg = node
     with quorum_away(env):
         with contextlib.closing(pg.connect()) as conn, conn.cursor() as cur:

@@ -27,7 +27,11 @@ CREATE DATABASE d{n} STRATEGY {strategy};
 
 
 def test_oracle(zenith_env_builder: ZenithEnvBuilder, pg_bin: PgBin, test_output_dir: str) -> None:
-    """Several generations of computes, each killed: same dump, same pages as stock recovery."""
+    """Several generations of computes, each killed: same dump, same pages as stock recovery.
+
+    Our storage is a second implementation of recovery: Postgres' own, on the very same WAL, is
+    the judge of it.
+    """
     zenith_env_builder.num_safekeepers = 1
     env = zenith_env_builder.init_start()
     first = FirstState(env, Path(test_output_dir) / "first_state")

@@ -152,7 +152,11 @@ def databases(pg: Postgres) -> None:
 
 @pytest.mark.parametrize("checksums", [False, True], ids=["plain", "checksums"])
 def test_page_verifier(zenith_env_builder: ZenithEnvBuilder, checksums: bool) -> None:
-    """A workload over every access method and every way to create, move and drop storage."""
+    """A workload over every access method and every way to create, move and drop storage.
+
+    A page that differs by a byte from what the compute had is corruption, whether any query
+    shows it or not.
+    """
     zenith_env_builder.num_safekeepers = 1
     if checksums:
         zenith_env_builder.pageserver_config_override = "initdb_options=['--data-checksums']"

@@ -106,7 +106,10 @@ class Writer(threading.Thread):
 
 @pytest.mark.parametrize("kills", [4, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_again_and_again(zenith_env_builder: ZenithEnvBuilder, kills: int) -> None:
-    """Sessions do not notice; what was acknowledged is there, once, on a new compute too."""
+    """Sessions do not notice; what was acknowledged is there, once, on a new compute too.
+
+    The process beside Postgres that every commit needs must not be a reason for an outage.
+    """
     _, pg = start_with_table(zenith_env_builder)
     postmaster = postmaster_pid(pg)
     writers = [Writer(pg, number) for number in range(4)]
@@ -136,7 +139,11 @@ def test_killed_again_and_again(zenith_env_builder: ZenithEnvBuilder, kills: int
 
 
 def test_killed_while_a_commit_waits(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """Without a quorum the next one waits for its election, and the commit for both."""
+    """Without a quorum the next one waits for its election, and the commit for both.
+
+    A successor that took what its predecessor had sent for durable would acknowledge what no
+    majority has.
+    """
     env, pg = start_with_table(zenith_env_builder)
     with frozen(safekeeper_pids(env.safekeepers[1:])):
         statement = BackgroundStatement(pg, "INSERT INTO t VALUES (1, 1)")
@@ -154,7 +161,11 @@ def test_killed_while_a_commit_waits(zenith_env_builder: ZenithEnvBuilder) -> No
 
 
 def test_killed_and_stopped(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """A clean stop right after is clean: asynchronous commits reach the quorum."""
+    """A clean stop right after is clean: asynchronous commits reach the quorum.
+
+    A stop that calls itself clean must have brought everything to safety, also what nobody
+    waited for.
+    """
     _, pg = start_with_table(zenith_env_builder)
     with contextlib.closing(pg.connect()) as conn, conn.cursor() as cur:
         cur.execute("SET synchronous_commit = off")
@@ -167,7 +178,10 @@ def test_killed_and_stopped(zenith_env_builder: ZenithEnvBuilder) -> None:
 
 
 def test_killed_during_a_clean_stop(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """The stop ends, and loses nothing that was acknowledged."""
+    """The stop ends, and loses nothing that was acknowledged.
+
+    Two things go wrong at once at the end of a life: the stop must neither hang nor lose.
+    """
     env, pg = start_with_table(zenith_env_builder)
     pg.safe_psql("INSERT INTO t VALUES (1, 1)")
     supervisor = pg.supervisor_pid()
@@ -188,7 +202,10 @@ def test_killed_during_a_clean_stop(zenith_env_builder: ZenithEnvBuilder) -> Non
 
 @pytest.mark.slow
 def test_dies_too_often(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """One that dies whenever it works is not replaced for ever; the compute says why it ends."""
+    """One that dies whenever it works is not replaced for ever; the compute says why it ends.
+
+    A loop of restarts hides its cause and eats the machine: it has to end with the reason.
+    """
     _, pg = start_with_table(zenith_env_builder)
     supervisor = pg.supervisor_pid()
     pg.safe_psql("INSERT INTO t VALUES (1, 1)")
@@ -223,7 +240,11 @@ def assert_fenced(env: ZenithEnv, first: Postgres, term: int) -> None:
 
 
 def test_second_compute_fences_the_first(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """Its waiting commit never returns, it is stopped, and says which term took over."""
+    """Its waiting commit never returns, it is stopped, and says which term took over.
+
+    Two writers on one branch are two truths: exactly one may go on, and everybody must learn
+    which.
+    """
     env, first = start_with_table(zenith_env_builder)
     first.safe_psql("INSERT INTO t VALUES (1, 1)")
     with frozen([walproposer_pid(first)]):
@@ -244,7 +265,11 @@ def test_second_compute_fences_the_first(zenith_env_builder: ZenithEnvBuilder) -
 
 
 def test_machine_hangs_and_wakes_up(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """All processes of the first compute hang while the second starts: nothing comes after it."""
+    """All processes of the first compute hang while the second starts: nothing comes after it.
+
+    A virtual machine that was paused knows nothing of the time that passed: what it does on
+    waking must count for nothing.
+    """
     env, first = start_with_table(zenith_env_builder)
     first.safe_psql("INSERT INTO t VALUES (1, 1)")
     connection = first.connect()
@@ -271,7 +296,11 @@ def test_machine_hangs_and_wakes_up(zenith_env_builder: ZenithEnvBuilder) -> Non
 
 
 def test_another_led_meanwhile(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """A walproposer that is started anew yields to the compute that led in between."""
+    """A walproposer that is started anew yields to the compute that led in between.
+
+    A replacement that took the lead back would cut off the compute that users have been moved
+    to.
+    """
     env, first = start_with_table(zenith_env_builder)
     first.safe_psql("INSERT INTO t VALUES (1, 1)")
     supervisor = first.supervisor_pid()

@@ -33,6 +33,11 @@ BACK = 180.0
 def test_random_faults(
     zenith_env_builder: ZenithEnvBuilder, seed: int | None, seconds: int
 ) -> None:
+    """Faults at random under load, healed; then each client's log is held against what is there.
+
+    Those who break a system find combinations that nobody has thought of; a seed makes them
+    repeatable.
+    """
     chosen = os.environ.get("ZENITH_FAULTS_SEED")
     seed = int(chosen) if chosen else seed or random.SystemRandom().randrange(1 << 32)
     seconds = int(os.environ.get("ZENITH_FAULTS_SECONDS") or seconds)

@@ -114,7 +114,11 @@ def restart(pg: Postgres) -> None:
 
 
 def test_replace_one_after_the_other(env: ZenithEnv) -> None:
-    """A dead one is replaced by an empty one; then another old one dies for good."""
+    """A dead one is replaced by an empty one; then another old one dies for good.
+
+    Machines are lost one by one over years: after each replacement there must be as much safety
+    as before it.
+    """
     pg = env.postgres.create_start("main")
     write(pg, 1)
     env.zenith_cli.create_branch("idle", "main")
@@ -164,7 +168,11 @@ def test_replace_one_after_the_other(env: ZenithEnv) -> None:
 def test_nothing_is_written_between_replacements_and_a_failure(
     zenith_env_builder: ZenithEnvBuilder,
 ) -> None:
-    """A branch at rest, whose WAL everybody has: new safekeepers are as good as the ones before."""
+    """A branch at rest, whose WAL everybody has: new safekeepers are as good as the ones before.
+
+    Most branches are at rest: a replacement must give them their safety back without anybody
+    writing to them.
+    """
     env = retention.start(zenith_env_builder)
     pg = env.postgres.create_start("main")
     write(pg, 1)
@@ -186,7 +194,11 @@ def test_nothing_is_written_between_replacements_and_a_failure(
 
 
 def test_stale_configuration_is_refused(env: ZenithEnv) -> None:
-    """A compute with the list of before a change gets no votes, and says what to do."""
+    """A compute with the list of before a change gets no votes, and says what to do.
+
+    Two majorities of different lists need not overlap: a compute with the old one could commit
+    what the new one never sees.
+    """
     pg = env.postgres.create_start("main")
     write(pg, 1)
     # Not what the configuration ever had, so the node does not follow it.
@@ -205,6 +217,10 @@ def test_stale_configuration_is_refused(env: ZenithEnv) -> None:
 
 
 def test_senseless_changes_are_refused(env: ZenithEnv) -> None:
+    """What makes no sense is refused, and the configuration stays as it was.
+
+    A slip in such a command could leave a branch without a majority.
+    """
     before = config(env)
     taken = str(env.safekeepers[0].port.pg)
     for arguments, message in (
@@ -225,7 +241,11 @@ def test_senseless_changes_are_refused(env: ZenithEnv) -> None:
 
 
 def test_wiped_disk_does_not_vote(env: ZenithEnv) -> None:
-    """With one safekeeper wiped and another down there is no election, and nothing is lost."""
+    """With one safekeeper wiped and another down there is no election, and nothing is lost.
+
+    One that has forgotten its promises would vote for anybody: with its vote, acknowledged
+    commits could be outvoted.
+    """
     pg = env.postgres.create_start("main")
     write(pg, 1)
     env.safekeepers[2].kill()
@@ -295,7 +315,11 @@ def starting(pg: Postgres) -> Iterator[Path]:
 
 
 def test_damage_is_repaired_from_peers(env: ZenithEnv) -> None:
-    """A bit flips in WAL that was committed long ago, then one in another's control file."""
+    """A bit flips in WAL that was committed long ago, then one in another's control file.
+
+    Bits rot on one disk at a time: the others have the same WAL, and nobody should have to be
+    woken for it.
+    """
     pg = env.postgres.create_start("main")
     timeline = timeline_of(env)
     write(pg, 1)
@@ -338,6 +362,10 @@ def wait_repaired(safekeeper: Safekeeper, timeline: tuple[str, str], damaged: Pa
 
 
 def test_two_of_three_damaged_stay_down(env: ZenithEnv) -> None:
+    """With a damaged majority no compute starts, the reason is said, and what there was is kept.
+
+    Going on with the one that is left could drop commits; what is put aside may still be saved.
+    """
     pg = env.postgres.create_start("main")
     timeline = timeline_of(env)
     write(pg, 1)
@@ -366,7 +394,10 @@ def test_two_of_three_damaged_stay_down(env: ZenithEnv) -> None:
 
 
 def test_lost_safekeepers_are_not_begun_again(env: ZenithEnv) -> None:
-    """With all of them gone a compute does not go on from what the pageserver happens to have."""
+    """With all of them gone a compute does not go on from what the pageserver happens to have.
+
+    It may lack the last acknowledged commits: only a person can decide to go on without them.
+    """
     pg = env.postgres.create_start("main")
     write(pg, 1)
     pg.stop()

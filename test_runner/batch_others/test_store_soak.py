@@ -133,7 +133,7 @@ def disturb(env: ZenithEnv, pg: Postgres, number: int) -> None:
 
 def verify_files(env: ZenithEnv) -> None:
     """The verifier has no complaint about the files of the pageserver, which is stopped."""
-    command = [str(env.paths.zenith_bin / "python"), "-m"]
+    command = [str(env.paths.python), "-m"]
     command += ["pageserver.layered_repository.verify_repository", str(env.repo_dir)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -149,6 +149,10 @@ def verify_files(env: ZenithEnv) -> None:
 def test_soak(
     zenith_env_builder: ZenithEnvBuilder, pg_bin: PgBin, scale: int, clients: int, seconds: int
 ) -> None:
+    """pgbench, DDL, branches, nodes in the past and kills at once; small layers, short history.
+
+    Each part of the store is tested alone; what breaks in use breaks where they meet.
+    """
     zenith_env_builder.num_safekeepers = 1
     zenith_env_builder.pageserver_config_override = SETTINGS
     env = zenith_env_builder.init_start()

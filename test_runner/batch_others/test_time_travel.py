@@ -41,7 +41,11 @@ def rows(pg: Postgres) -> list[int]:
 def test_branch_and_node_at_a_time(
     zenith_env_builder: ZenithEnvBuilder, num_safekeepers: int
 ) -> None:
-    """They hold exactly what was committed by then, aborted and prepared transactions included."""
+    """They hold exactly what was committed by then, aborted and prepared transactions included.
+
+    People know when the accident happened, not at which LSN: one commit too many and the
+    accident is in, one too few and work is lost.
+    """
     zenith_env_builder.num_safekeepers = num_safekeepers
     env = zenith_env_builder.init_start()
     main = env.postgres.create_start("main", config_lines=TWO_PHASE)
@@ -81,7 +85,11 @@ def test_branch_and_node_at_a_time(
 
 
 def test_lookup(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """The answers of the pageserver, on a branch too; they are the same after its restart."""
+    """The answers of the pageserver, on a branch too; they are the same after its restart.
+
+    The answer decides where a rescue begins: it must not change with a restart, and say so when
+    a time is outside of what is known.
+    """
     zenith_env_builder.num_safekeepers = 1
     env = zenith_env_builder.init_start()
     client = env.pageserver.http_client()
@@ -129,7 +137,11 @@ def test_lookup(zenith_env_builder: ZenithEnvBuilder) -> None:
 def test_commits_that_the_pageserver_has_not_got_yet(
     zenith_env_builder: ZenithEnvBuilder,
 ) -> None:
-    """They are waited for, not left out; and if they do not come, it is said."""
+    """They are waited for, not left out; and if they do not come, it is said.
+
+    A branch as of now, minutes after the commits, must have them, although their WAL is still
+    under way.
+    """
     zenith_env_builder.num_safekeepers = 1
     env = zenith_env_builder.init_start()
     main = env.postgres.create_start("main")
@@ -152,7 +164,11 @@ def test_commits_that_the_pageserver_has_not_got_yet(
 
 
 def test_times_that_lead_nowhere(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """Each is refused with the reason and the way out, and nothing is left behind."""
+    """Each is refused with the reason and the way out, and nothing is left behind.
+
+    Times are typed in a hurry: the nearest possible answer to a wrong one would be the wrong
+    database.
+    """
     zenith_env_builder.num_safekeepers = 1
     env = zenith_env_builder.init_start()
 

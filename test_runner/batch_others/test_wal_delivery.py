@@ -18,11 +18,17 @@ from fixtures.zenith_env import Safekeeper, ZenithEnv, ZenithEnvBuilder
 ROWS = 5000
 
 
+# Not the server's own flush LSN, which may lie in the middle of a record that nobody waits for.
+ACKNOWLEDGED = (
+    "SELECT flush_lsn::text FROM pg_stat_replication WHERE application_name = 'walproposer'"
+)
+
+
 def write_rows(pg: Postgres, first: int) -> int:
     """Insert ROWS rows from `first` on; the LSN up to which commits were acknowledged."""
     pg.safe_psql("CREATE TABLE IF NOT EXISTS t (i int PRIMARY KEY)")
     pg.safe_psql(f"INSERT INTO t SELECT generate_series({first}, {first + ROWS - 1})")
-    return lsn_from_hex(pg.safe_psql("SELECT pg_current_wal_flush_lsn()::text")[0][0])
+    return lsn_from_hex(pg.safe_psql(ACKNOWLEDGED)[0][0])
 
 
 def main_timeline(env: ZenithEnv) -> uuid.UUID:
@@ -51,6 +57,19 @@ def persisted_commit_lsn(env: ZenithEnv, safekeeper: Safekeeper, timeline: uuid.
     return lsn_from_hex(status.json()["commit_lsn"])
 
 
+def wait_known(env: ZenithEnv, timeline: uuid.UUID, lsn: int) -> None:
+    """Until every safekeeper has been told that WAL up to `lsn` is committed.
+
+    The compute tells them right after the acknowledgement; without it only its next start can.
+    """
+    key = env.initial_tenant.hex, timeline.hex
+    for safekeeper in env.safekeepers:
+        wait_until(
+            lambda s=safekeeper: s.http_client().get_metrics().commit_lsn_inexact[key] >= lsn,  # type: ignore[misc]
+            what=f"safekeeper {safekeeper.id} to know the commit LSN",
+        )
+
+
 def wait_delivered(env: ZenithEnv, timeline: uuid.UUID, lsn: int) -> None:
     """Until the pageserver has WAL up to `lsn` on disk and nobody does anything about it."""
     wait_until(
@@ -65,16 +84,27 @@ def wait_delivered(env: ZenithEnv, timeline: uuid.UUID, lsn: int) -> None:
                 lambda s=safekeeper, n=name: metric(s, n) == 0,  # type: ignore[misc]
                 what=f"safekeeper {safekeeper.id} to have no {name}",
             )
-    calls = [metric(safekeeper, "callmemaybe_calls") for safekeeper in env.safekeepers]
     receivers = r'^pageserver_live_connections_count{pageserver_connection_kind="wal_receiver"} 0$'
-    assert re.search(receivers, env.pageserver.http_client().get_metrics(), re.MULTILINE)
+    wait_until(
+        lambda: re.search(receivers, env.pageserver.http_client().get_metrics(), re.MULTILINE),
+        what="the pageserver to have no stream",
+    )
+
+
+def check_rest(env: ZenithEnv) -> None:
+    """After delivery nobody is called any more."""
+    calls = [metric(safekeeper, "callmemaybe_calls") for safekeeper in env.safekeepers]
     time.sleep(2.5)  # some periods of calls, to see that none is made
     assert [metric(s, "callmemaybe_calls") for s in env.safekeepers] == calls
 
 
 @pytest.mark.parametrize("lost", ["received", "never_received"])
 def test_pageserver_killed(zenith_env_builder: ZenithEnvBuilder, lost: str) -> None:
-    """A pageserver that was killed catches up although the compute was stopped before."""
+    """A pageserver that was killed catches up although the compute was stopped before.
+
+    Else a branch that was put to rest would lack its last commits until somebody happens to
+    start it.
+    """
     zenith_env_builder.num_safekeepers = 3
     env = zenith_env_builder.init_start()
     pg = env.postgres.create_start("main")
@@ -90,6 +120,7 @@ def test_pageserver_killed(zenith_env_builder: ZenithEnvBuilder, lost: str) -> N
     else:
         env.pageserver.kill()
         lsn = write_rows(pg, ROWS)
+        wait_known(env, timeline, lsn)
         pg.kill()
     env.pageserver.start()
     wait_delivered(env, timeline, lsn)
@@ -101,10 +132,15 @@ def test_pageserver_killed(zenith_env_builder: ZenithEnvBuilder, lost: str) -> N
     assert pg.safe_psql("SELECT count(*) FROM t") == [(ROWS if lost == "received" else 2 * ROWS,)]
     pg.stop()
     wait_delivered(env, timeline, lsn)
+    check_rest(env)
 
 
 def test_everything_killed(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """With the daemons alone back, branches and read-only nodes at an acknowledged LSN work."""
+    """With the daemons alone back, branches and read-only nodes at an acknowledged LSN work.
+
+    After a power cut people look at their data first, by branches and nodes in the past: it
+    must be there before any writer is.
+    """
     zenith_env_builder.num_safekeepers = 3
     env = zenith_env_builder.init_start()
     pg = env.postgres.create_start("main")
@@ -137,7 +173,11 @@ def test_everything_killed(zenith_env_builder: ZenithEnvBuilder) -> None:
 
 
 def test_commit_without_safekeepers(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """A commit that waits for the flush returns when the pageserver has it on disk."""
+    """A commit that waits for the flush returns when the pageserver has it on disk.
+
+    Without safekeepers the pageserver's disk is all there is: a session that asks for safety
+    must get it there.
+    """
     env = zenith_env_builder.init_start()
     pg = env.postgres.create_start("main")
     timeline = main_timeline(env)

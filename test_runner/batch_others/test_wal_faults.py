@@ -102,7 +102,11 @@ def start_faulty(
 
 
 def test_hung_safekeeper(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """Commits go on without it, nothing piles up for it, and it catches up afterwards."""
+    """Commits go on without it, nothing piles up for it, and it catches up afterwards.
+
+    A machine that hangs is worse than one that is gone, as its connections look alive: it must
+    cost neither commits nor memory.
+    """
     pg = start(zenith_env_builder)
     proposer = pg.walproposer_pid()
     with Writer(pg) as writer:
@@ -116,7 +120,11 @@ def test_hung_safekeeper(zenith_env_builder: ZenithEnvBuilder) -> None:
 
 
 def test_hung_majority(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """Commits wait as long as two of three hang, and none of them fails."""
+    """Commits wait as long as two of three hang, and none of them fails.
+
+    Waiting is the only right thing without a majority: an error, or success, would both be
+    lies.
+    """
     pg = start(zenith_env_builder)
     with Writer(pg) as writer:
         writer.go_on()
@@ -141,7 +149,11 @@ def commits_wait(pg: Postgres) -> bool:
 
 
 def test_disk_full(zenith_env_builder: ZenithEnvBuilder, test_output_dir: str) -> None:
-    """A safekeeper without room says so and falls out; it is back by itself when there is room."""
+    """A safekeeper without room says so and falls out; it is back by itself when there is room.
+
+    A full disk is the most common failure of all, and is to be fixed by making room, not by an
+    expert.
+    """
     pg, faults, _ = start_faulty(zenith_env_builder, test_output_dir)
     full = pg.env.safekeepers[0]
     with Writer(pg) as writer:
@@ -164,7 +176,11 @@ def test_disk_full(zenith_env_builder: ZenithEnvBuilder, test_output_dir: str) -
 def test_disk_that_does_not_sync(
     zenith_env_builder: ZenithEnvBuilder, test_output_dir: str
 ) -> None:
-    """Commits have the speed of the other two; what is not synced is not taken for durable."""
+    """Commits have the speed of the other two; what is not synced is not taken for durable.
+
+    A disk may take writes and never sync them: counted as durable they would be lost with the
+    power.
+    """
     pg, faults, _ = start_faulty(zenith_env_builder, test_output_dir)
     with Writer(pg) as writer:
         writer.go_on()
@@ -183,7 +199,10 @@ def test_disk_that_does_not_sync(
 
 
 def test_clock_jumps(zenith_env_builder: ZenithEnvBuilder, test_output_dir: str) -> None:
-    """Nothing rests on the time of day: not sessions, leases, elections or the WAL itself."""
+    """Nothing rests on the time of day: not sessions, leases, elections or the WAL itself.
+
+    Clocks are set, drift and leap. Who rests safety on them loses it on such a day.
+    """
     pg, faults, of_pageserver = start_faulty(zenith_env_builder, test_output_dir)
     with Writer(pg) as writer:
         for offset in (DAY, -DAY, 20 * 365 * DAY, -20 * 365 * DAY):
@@ -202,7 +221,10 @@ def test_clock_jumps(zenith_env_builder: ZenithEnvBuilder, test_output_dir: str)
 
 @pytest.mark.parametrize("cut", [1, 2])
 def test_cut_off_safekeepers(zenith_env_builder: ZenithEnvBuilder, cut: int) -> None:
-    """Without one commits go on, without two they wait; whoever comes back gets what it lacks."""
+    """Without one commits go on, without two they wait; whoever comes back gets what it lacks.
+
+    A partition must look like what it is on each side, and heal without anybody's help.
+    """
     pg = start(zenith_env_builder, proxied=True)
     away = pg.env.network.to_safekeepers[:cut]
     with Writer(pg) as writer:
@@ -222,7 +244,10 @@ def test_cut_off_safekeepers(zenith_env_builder: ZenithEnvBuilder, cut: int) -> 
 
 @pytest.mark.parametrize("direction", list(Direction), ids=lambda d: d.name.lower())
 def test_one_way_stall(zenith_env_builder: ZenithEnvBuilder, direction: Direction) -> None:
-    """A safekeeper that hears nothing, or is not heard, holds nobody up; two of them do."""
+    """A safekeeper that hears nothing, or is not heard, holds nobody up; two of them do.
+
+    Half-broken links pass for good ones to whoever looks at one direction only.
+    """
     pg = start(zenith_env_builder, proxied=True)
     first, second, _ = pg.env.network.to_safekeepers
     with Writer(pg) as writer:
@@ -238,7 +263,10 @@ def test_one_way_stall(zenith_env_builder: ZenithEnvBuilder, direction: Directio
 
 
 def test_stalled_pageserver(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """Commits go on while no WAL gets to the pageserver, as far as the limits let them."""
+    """Commits go on while no WAL gets to the pageserver, as far as the limits let them.
+
+    Reads' side of the network must not take the writes' side down.
+    """
     pg = start(zenith_env_builder, proxied=True)
     network, branch = pg.env.network, Branch.of(pg)
     with Writer(pg) as writer:
@@ -254,7 +282,11 @@ def test_stalled_pageserver(zenith_env_builder: ZenithEnvBuilder) -> None:
 
 
 def test_reconnect_storm(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """Connections that break all the time slow commits down and lose none."""
+    """Connections that break all the time slow commits down and lose none.
+
+    A flapping network makes every message one that may have arrived or not: each must be done
+    once.
+    """
     pg = start(zenith_env_builder, proxied=True)
     network = pg.env.network
     with Writer(pg) as writer:
@@ -290,7 +322,11 @@ class BitFlipper:
 
 
 def test_flipped_bits_on_the_way(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """WAL that arrives damaged is refused by its CRC: never durable, never acknowledged."""
+    """WAL that arrives damaged is refused by its CRC: never durable, never acknowledged.
+
+    TCP's checksum lets one in many errors through, and memory adds its own: what is stored for
+    good needs a better witness.
+    """
     pg = start(zenith_env_builder, proxied=True)
     proxies = pg.env.network.to_safekeepers
     flipper = BitFlipper(b"the-record-that-is-damaged-on-its-way")

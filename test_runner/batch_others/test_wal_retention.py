@@ -108,7 +108,11 @@ def wait_held(safekeeper: Safekeeper, timeline: uuid.UUID, holder: str) -> None:
 
 
 def test_removed_as_the_pageserver_gets_on(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """All safekeepers remove what the pageserver has, and nothing before; restarts work."""
+    """All safekeepers remove what the pageserver has, and nothing before; restarts work.
+
+    Kept for ever, WAL fills the disks of the safekeepers; removed too early, it is missing
+    where it was needed.
+    """
     env = start(zenith_env_builder)
     pg = env.postgres.create_start("main")
     timeline = main_timeline(env)
@@ -137,7 +141,10 @@ def test_removed_as_the_pageserver_gets_on(zenith_env_builder: ZenithEnvBuilder)
 
 
 def test_safekeeper_that_was_down_gets_everything(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """WAL that a safekeeper lacks is kept by the others until it is back and has it."""
+    """WAL that a safekeeper lacks is kept by the others until it is back and has it.
+
+    A safekeeper that cannot catch up leaves the others one failure away from standing still.
+    """
     env = start(zenith_env_builder)
     pg = env.postgres.create_start("main")
     timeline = main_timeline(env)
@@ -164,7 +171,10 @@ def test_safekeeper_that_was_down_gets_everything(zenith_env_builder: ZenithEnvB
 
 
 def test_pageserver_that_was_away_catches_up(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """WAL stays while the pageserver is away, also over restarts of safekeepers."""
+    """WAL stays while the pageserver is away, also over restarts of safekeepers.
+
+    What the pageserver has only in memory exists nowhere else: the WAL is its backup.
+    """
     env = start(zenith_env_builder)
     pg = env.postgres.create_start("main")
     timeline = main_timeline(env)
@@ -322,7 +332,10 @@ def test_safekeeper_recovers_out_of_object_storage(
 def test_replaced_safekeeper_serves_wal_it_never_had(
     zenith_env_builder: ZenithEnvBuilder, tmp_path: Path
 ) -> None:
-    """A pageserver that is far behind gets its WAL through an empty safekeeper of later, too."""
+    """A pageserver that is far behind gets its WAL through an empty safekeeper of later, too.
+
+    After a replacement nobody should have to know which WAL came before it.
+    """
     storage, copy = make_storage(tmp_path), tmp_path / "tenants"
     env = start(zenith_env_builder, wal_offload=storage.as_uri())
     pg, timeline, lsn = begin_with_copy(env, copy)
@@ -382,7 +395,10 @@ def send(number: signal.Signals, pids: list[int]) -> None:
 
 
 def test_hot_standby_whose_wal_is_gone(zenith_env_builder: ZenithEnvBuilder) -> None:
-    """It begins anew when it is started; one that runs ends, and says that this is the remedy."""
+    """It begins anew when it is started; one that runs ends, and says that this is the remedy.
+
+    One that hung on in silence would show ever older data as if it were new.
+    """
     env = start(zenith_env_builder, safekeepers=1)
     (safekeeper,) = env.safekeepers
     pg = env.postgres.create_start("main")

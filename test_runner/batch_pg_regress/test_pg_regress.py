@@ -36,7 +36,10 @@ BUSY_STORAGE = (
 def test_pg_regress_storage(
     zenith_env_builder: ZenithEnvBuilder, pg_bin: PgBin, test_output_dir: str
 ) -> None:
-    """The tests of the core suite that do most to storage."""
+    """The tests of the core suite that do most to storage.
+
+    Their expected output is Postgres' own word on what its users may rely on.
+    """
     zenith_env_builder.num_safekeepers = 1
     env = zenith_env_builder.init_start()
     pg = env.postgres.create_start("main", config_lines=SETTINGS)
@@ -53,7 +56,10 @@ def test_pg_regress_storage(
 def test_pg_regress(
     zenith_env_builder: ZenithEnvBuilder, pg_bin: PgBin, test_output_dir: str
 ) -> None:
-    """The core regression suite; what it leaves survives a kill of the compute."""
+    """The core regression suite; what it leaves survives a kill of the compute.
+
+    Zenith claims to be Postgres: this is Postgres' own definition of that.
+    """
     zenith_env_builder.num_safekeepers = 1
     zenith_env_builder.pageserver_config_override = BUSY_STORAGE
     env = zenith_env_builder.init_start()
@@ -86,7 +92,11 @@ def test_pg_regress(
 def test_pg_regress_killed(
     zenith_env_builder: ZenithEnvBuilder, pg_bin: PgBin, test_output_dir: str, last_test: str
 ) -> None:
-    """A compute killed in the middle of the suite: what Postgres' own recovery makes of the WAL."""
+    """A compute killed in the middle of the suite: what Postgres' own recovery makes of the WAL.
+
+    A crash comes in the middle of everything that Postgres can do; storage must then be what stock
+    recovery would have made of it.
+    """
     zenith_env_builder.num_safekeepers = 1
     zenith_env_builder.safekeeper_options = {"wal_removal": "off"}  # the oracle begins at the start
     env = zenith_env_builder.init_start()
@@ -116,7 +126,11 @@ def test_pg_regress_killed(
 def test_isolation(
     zenith_env_builder: ZenithEnvBuilder, pg_bin: PgBin, test_output_dir: str
 ) -> None:
-    """The isolation suite: many sessions, locks and snapshots."""
+    """The isolation suite: many sessions, locks and snapshots.
+
+    Commits that wait for a quorum take longer than those it was written for: what sessions see of
+    one another must not depend on that.
+    """
     zenith_env_builder.num_safekeepers = 1
     env = zenith_env_builder.init_start()
     pg = env.postgres.create_start("main", config_lines=SETTINGS)

@@ -121,6 +121,11 @@ class Pageserver:
         if self._process is None:
             return 0
         self._process.send_signal(number)
+        return self.wait()
+
+    def wait(self) -> int:
+        """Waits until the process ends by itself; its exit status."""
+        assert self._process is not None
         status = self._process.wait(DEADLINE)
         self._process = None
         return status
@@ -144,6 +149,10 @@ class Pageserver:
         if response.status_code >= 400:
             raise HttpError(response.status_code, answer)
         return answer
+
+    def metrics(self) -> str:
+        """The page of ``/metrics``."""
+        return requests.get(f"http://127.0.0.1:{self.http_port}/metrics", timeout=30).text
 
     def create_tenant(self) -> TenantId:
         """A new tenant."""

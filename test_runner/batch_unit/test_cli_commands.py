@@ -11,41 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
-from zenith_cli import main as cli_main  # type: ignore[import-untyped]
+from batch_unit.cli_support import IDS, TENANT, make_env, run, zenith
 from zenith_cli.context import render_error  # type: ignore[import-untyped]
 from zenith_cli.timelines import draw_tree  # type: ignore[import-untyped]
 
 from control_plane.errors import ControlPlaneError
 from control_plane.local_env import LocalEnv
-from zenith_utils.ids import TenantId, TimelineId
-
-TENANT = TenantId.parse("11" * 16)
-IDS = [f"{i:02x}" * 16 for i in range(1, 7)]
+from zenith_utils.ids import TimelineId
 
 
 @pytest.fixture
 def env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalEnv:
-    """An environment whose daemons do not run."""
-    monkeypatch.setenv("ZENITH_REPO_DIR", str(tmp_path))
-    text = "pg_distrib_dir = '/p'\nzenith_distrib_dir = '/z'\n"
-    text += f"default_tenant_id = '{TENANT}'\n"
-    text += "[pageserver]\nlisten_pg_addr = '127.0.0.1:1'\nlisten_http_addr = '127.0.0.1:1'\n"
-    env = LocalEnv.parse(text, tmp_path)
-    env.branches = {"main": {TENANT: TimelineId.parse(IDS[0])}}
-    env.save()
-    return env
-
-
-def run(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str
-) -> tuple[int, str, str]:
-    """Run the command in this process: exit status, stdout, stderr."""
-    monkeypatch.setattr(sys, "argv", ["zenith", *arguments])
-    monkeypatch.setattr("signal.signal", lambda *_: None)
-    status = cli_main.main()
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
+    return make_env(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +109,7 @@ def test_without_environment(
     status, _, err = run(capsys, monkeypatch, "start")
     assert status == 1
     assert err.splitlines() == [
-        "command failed: Error loading config",
+        "Error: Error loading config",
         "",
         "Caused by:",
         f"    0: Zenith config is not found in {tmp_path}/.zenith. "
@@ -180,21 +157,6 @@ def test_causes_are_rendered() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        *("", "demo", "init", "start", "stop", "tenant create", "timeline branch"),
-        *("timeline list", "pageserver start", "safekeeper stop"),
-        *("pg create", "pg start", "pg stop", "pg list"),
-    ],
-)
-def test_help(command: str) -> None:
-    result = CliRunner().invoke(cli_main.cli, [*command.split(), "--help"])
-    assert result.exit_code == 0
-    assert "Usage:" in result.output
-    assert all(len(line) <= 100 for line in result.output.splitlines())
-
-
 def info(number: int, ancestor: int | None = None, lsn: str | None = None) -> dict[str, Any]:
     parent = None if ancestor is None else IDS[ancestor]
     local = {"ancestor_timeline_id": parent, "ancestor_lsn": lsn}
@@ -218,13 +180,8 @@ def test_tree(env: LocalEnv) -> None:
         f"(L+R) ┗━ @0/20: b [{IDS[2]}]",
         f"(L)    ┗━ @Unknown Lsn: d [{IDS[4]}]",
     ]
-    with pytest.raises(ControlPlaneError, match="missing ancestor"):
+    with pytest.raises(ControlPlaneError, match="missing timeline info in the HashMap"):
         draw_tree(env, TENANT, infos[2:])
-
-
-def zenith(*arguments: str) -> list[str]:
-    code = "import sys; from zenith_cli.main import main; sys.exit(main())"
-    return [sys.executable, "-c", code, *arguments]
 
 
 def test_a_reader_that_leaves(env: LocalEnv) -> None:

@@ -28,7 +28,13 @@ def requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str,
     seen: list[tuple[str, str, Any]] = []
 
     def request(
-        address: object, method: str, path: str, body: Any = None, *, timeout: float
+        address: object,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        timeout: float,
+        token: str = "",
     ) -> Answer:
         seen.append((method, path, body))
         if method == "POST":

@@ -13,6 +13,7 @@ FOLDERS = (
     "compute_tools",
     "pageserver",
     "safekeeper",
+    "proxy",
     "postgres_ffi",
     "pgxn",
     "zenith_utils",

@@ -69,6 +69,19 @@ def test_defaults() -> None:
         ("remote_storage = {bucket_name='b'}", "'bucket_region' option is mandatory"),
         ("remote_storage = {bucket_region='b'}", "'bucket_name' option is mandatory"),
         (
+            "remote_storage = {local_path='a', max_concurrent_sync=0}",
+            "configure option remote_storage.max_concurrent_sync must be at least 1",
+        ),
+        (
+            "remote_storage = {local_path='a', max_sync_errors='1'}",
+            "configure option remote_storage.max_sync_errors is not an integer",
+        ),
+        (
+            "remote_storage = {bucket_name='b', bucket_region='r', endpoint='localhost:1'}",
+            "configure option remote_storage.endpoint: 'localhost:1' is not a URL",
+        ),
+        ("id = 'one'", "configure option id is not an integer"),
+        (
             "remote_storage = {local_path='a', what=1}",
             "unrecognized pageserver option 'remote_storage.what'",
         ),
@@ -77,7 +90,9 @@ def test_defaults() -> None:
 def test_errors_name_the_option(text: str, expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse(text)
-    assert str(caught.value) == "Failed to parse pageserver configuration"
+    assert chain(caught.value).startswith(
+        "Failed to parse pageserver configuration <- invalid config <- "
+    )
     assert expected in chain(caught.value)
 
 
@@ -141,12 +156,22 @@ def test_missing_file(tmp_path: Path) -> None:
         config.load_document(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["auth_type='ZenithJWT'", "remote_storage={local_path='x'}"])
-def test_unsupported_settings_are_refused(text: str) -> None:
-    conf = parse(text)
-    with pytest.raises(ConfigError, match="not supported yet in this version"):
-        config.refuse_unsupported(conf)
-    config.refuse_unsupported(parse())
+def test_remote_storage_is_accepted_with_a_warning() -> None:
+    assert config.ineffective_settings(parse()) == []
+    (warning,) = config.ineffective_settings(parse("remote_storage={local_path='x'}"))
+    assert "the directory /somewhere/x, but this version does not upload anything" in warning
+    bucket = (
+        "[remote_storage]\nbucket_name='b'\nbucket_region='r'\nprefix_in_bucket='/p/'\n"
+        "access_key_id='id'\nsecret_access_key='hidden'\nendpoint='http://127.0.0.1:1'"
+    )
+    conf = parse(bucket)
+    (warning,) = config.ineffective_settings(conf)
+    assert "the bucket b below p/, but" in warning and "hidden" not in warning
+    assert conf.remote_storage is not None
+    assert (conf.remote_storage.max_concurrent_sync, conf.remote_storage.max_sync_errors) == (
+        100,
+        10,
+    )
 
 
 def test_relative_paths_are_below_the_workdir() -> None:

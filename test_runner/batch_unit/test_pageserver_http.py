@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import requests
 from batch_unit.pageserver_support import (
     HttpError,
     PageClient,
@@ -103,25 +104,25 @@ def test_http_conflicts_and_unknown_timelines(root: Root) -> None:
     with pytest.raises(HttpError, match="not found neither locally nor remotely") as caught:
         server.http("GET", f"tenant/{root.tenant}/timeline/{NOBODY}")
     assert caught.value.status == 404
-    for action in ("attach", "detach"):
-        with pytest.raises(HttpError, match="not supported yet"):
-            server.http("POST", f"tenant/{root.tenant}/timeline/{root.timeline}/{action}")
 
 
-def test_metrics_lines(root: Root) -> None:
-    import re
-
-    import requests
-
-    text = requests.get(f"http://127.0.0.1:{root.server.http_port}/metrics", timeout=30).text
-    for pattern in (
-        r'^pageserver_disk_io_bytes{io_operation="write"} (\S+)$',
-        r"^pageserver_maxrss_kb (\S+)$",
-    ):
-        match = re.search(pattern, text, re.MULTILINE)
-        assert match is not None
-        assert float(match[1]) >= 0
-    assert 'pageserver_live_connections_count{pageserver_connection_kind="page_service"}' in text
+@pytest.mark.parametrize(
+    ("action", "known", "status", "message"),
+    [
+        ("attach", True, 500, "Timeline is already present locally"),
+        ("attach", False, 400, "Bad request: Unknown remote timeline"),
+        ("detach", False, 500, "cannot detach timeline that is not available locally"),
+        ("detach", True, 409, "has no copy in remote storage: detaching would destroy it"),
+    ],
+)
+def test_attach_and_detach_without_remote_storage(
+    root: Root, action: str, known: bool, status: int, message: str
+) -> None:
+    timeline = root.timeline if known else NOBODY
+    with pytest.raises(HttpError, match=message) as caught:
+        root.server.http("POST", f"tenant/{root.tenant}/timeline/{timeline}/{action}")
+    assert caught.value.status == status
+    assert root.server.local(root.tenant, root.timeline)
 
 
 def test_lsn_by_timestamp(root: Root) -> None:
@@ -178,7 +179,49 @@ def test_lsn_leases(root: Root) -> None:
         server.http("POST", path, {"lsn": "0/8", "ttl": 5})
 
 
+@pytest.mark.parametrize(
+    "ttl", ["NaN", "Infinity", "1e999", "9" * 400, "true", '"5"', "0", "86401"]
+)
+def test_times_that_no_lease_has(root: Root, ttl: str) -> None:
+    url = f"http://127.0.0.1:{root.server.http_port}/v1/tenant/{root.tenant}/timeline"
+    body = f'{{"lsn": "{root.lsn}", "ttl": {ttl}}}'
+    response = requests.post(f"{url}/{root.timeline}/lsn_lease", data=body, timeout=30)
+    assert response.status_code == 400
+    assert "field `ttl` must be" in response.json()["msg"]
+
+
+def test_ids_of_leases(root: Root) -> None:
+    """Only what leases are called is remembered, however it is asked for."""
+    path = f"tenant/{root.tenant}/timeline/{root.timeline}/lsn_lease"
+    for lease_id in ("x", "A" * 32, "a" * 33, "%C3%A9" * 32):
+        for method, body in (("PUT", {"ttl": 5, "lsn": str(root.lsn)}), ("DELETE", None)):
+            with pytest.raises(HttpError, match="Bad request: failed to parse lease_id"):
+                root.server.http(method, f"{path}/{lease_id}", body)
+    with pytest.raises(HttpError, match=f"NotFound: Tenant {NOBODY} not found") as caught:
+        root.server.http("DELETE", f"tenant/{NOBODY}/timeline/{NOBODY}/lsn_lease/{'a' * 32}")
+    assert caught.value.status == 404
+
+
 # ---- branches
+
+
+def test_start_lsn_needs_an_ancestor(root: Root) -> None:
+    """Whoever asks for a branch does not get an empty cluster."""
+    before = root.server.http("GET", f"tenant/{root.tenant}/timeline")
+    with pytest.raises(
+        HttpError, match="ancestor_start_lsn needs an ancestor_timeline_id"
+    ) as caught:
+        root.server.create_timeline(root.tenant, lsn=root.lsn)
+    assert caught.value.status == 400
+    assert root.server.http("GET", f"tenant/{root.tenant}/timeline") == before
+
+
+def test_unknown_keys_are_ignored(root: Root) -> None:
+    """Newer clients may know more; what they ask of this server is still clear."""
+    body = {"new_timeline_id": str(root.timeline), "no_such_key": 1}
+    with pytest.raises(HttpError) as caught:
+        root.server.http("POST", f"tenant/{root.tenant}/timeline", body)
+    assert caught.value.status == 409
 
 
 def test_branches_share_their_past(root: Root) -> None:

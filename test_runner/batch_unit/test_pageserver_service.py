@@ -136,7 +136,10 @@ def test_pipelined_requests_are_answered_in_order(root: Root) -> None:
         (f"do_gc {NOBODY} {NOBODY} 0", f"Tenant {NOBODY} not found"),
         (f"do_gc {NOBODY}", "invalid param number for do_gc command"),
         (f"compact {NOBODY}", "invalid param number for compact command"),
-        ("failpoints a=off", "failpoints is not supported yet"),
+        ("failpoints", "Invalid failpoints format"),
+        ("failpoints walreceiver-after-ingest", "Invalid failpoints format"),
+        ("failpoints walreceiver-after-ingest=nap(20)", "Invalid failpoints format"),
+        ("failpoints walreceiver-after=off", "there is no failpoint 'walreceiver-after'"),
     ],
 )
 def test_command_errors(root: Root, command: str, text: str) -> None:

@@ -41,6 +41,8 @@ def test_target_size_follows_checkpoint_distance() -> None:
         ({"gc_period": 20}, "configure option gc_period is not a string"),
         ({"gc_horizon": -1}, "configure option gc_horizon cannot be negative"),
         ({"compression": "gzip"}, "invalid compression 'gzip'"),
+        ({"compression": ""}, "invalid compression ''"),
+        ({"gc_period": "9" * 400 + " s"}, "configure option gc_period"),
     ],
 )
 def test_errors_name_the_option(overrides: dict[str, Any], text: str) -> None:

@@ -19,7 +19,7 @@ from postgres_ffi.wal_format import WAL_SEGMENT_SIZE
 from safekeeper import control_file, delivery
 from safekeeper.consensus import ControlState, ServerInfo
 from safekeeper.delivery import DELIVERY_FILE_NAME, Delivery, DeliveryFileError
-from safekeeper.metrics import SafekeeperMetrics, TimelineMetrics
+from safekeeper.metrics import SafekeeperMetrics
 from safekeeper.timeline import Timeline
 from safekeeper.timeline_registry import TimelineRegistry
 from safekeeper.timelines import Timelines
@@ -118,7 +118,7 @@ def test_timeline_remembers_its_pageserver(
         return Timeline(
             timeline_id(0),
             directory,
-            TimelineMetrics(),
+            SafekeeperMetrics().timeline(timeline_id(0)),
             registry=TimelineRegistry(tmp_path, [timeline_id(0)], sync=False),
             instance=bytes(16),
             sync=False,

@@ -235,6 +235,7 @@ def test_values(timelines: Timelines, change: dict[str, Any], message: str) -> N
     [
         ("", "malformed JSON"),
         ("{", "malformed JSON"),
+        ("[" * 10_000, "malformed JSON"),
         ("[]", "expected a JSON object"),
         ("{}", "missing field 'lm_prefix'"),
     ],

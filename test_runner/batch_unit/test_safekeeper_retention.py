@@ -18,7 +18,7 @@ from safekeeper import control_file, delivery, wal_removal
 from safekeeper.consensus import ControlState, ServerInfo
 from safekeeper.delivery import Delivery
 from safekeeper.identity import INSTANCE_SIZE
-from safekeeper.metrics import SafekeeperMetrics, TimelineMetrics
+from safekeeper.metrics import SafekeeperMetrics
 from safekeeper.remote_wal import (
     CHECKSUM_SUFFIX,
     RemoteWal,
@@ -100,7 +100,7 @@ def load(directory: Path, helper: ThreadPoolExecutor, remote: RemoteWal | None =
     return Timeline(
         ID,
         directory,
-        TimelineMetrics(),
+        SafekeeperMetrics().timeline(ID),
         registry=TimelineRegistry(root, [ID], sync=False),
         instance=bytes(INSTANCE_SIZE),
         sync=False,

@@ -17,8 +17,9 @@ import requests
 from batch_unit.walproposer_support import ROOT, Safekeeper, wait_until
 
 from safekeeper.callmemaybe import CallMeMaybe
+from zenith_utils.daemonize import bind_listener
 from zenith_utils.ids import TenantId, TenantTimelineId, TimelineId
-from zenith_utils.pq_client import PqConnectionLost
+from zenith_utils.pq_client import PqConnectionLost, PqError, connect
 
 TIMELINE = TenantTimelineId(TenantId(b"t" * 16), TimelineId(b"l" * 16))
 TERMINATED = 111
@@ -86,6 +87,65 @@ def test_daemon_and_http(tmp_path: Path) -> None:
     assert dump.returncode == 0
     assert json.loads(dump.stdout)["timeline_id"] == str(TIMELINE.timeline_id)
     assert not dump.stdout.endswith("\n")
+
+
+def test_localhost_is_ipv4(tmp_path: Path) -> None:
+    """A name is as good as an address, and clients that know the IPv4 loopback find it there."""
+    safekeeper = Safekeeper(tmp_path / "sk", 5)
+    result = run(
+        *("-D", str(safekeeper.directory), "--id", "5", "--daemonize"),
+        *("--listen", f"localhost:{safekeeper.pg_port}"),
+        *("--listen-http", f"localhost:{safekeeper.http_port}"),
+        *("--pageserver", "ignored", "--recall", "1 second"),
+    )
+    assert result.returncode == 0, result.stderr
+    pid = int((safekeeper.directory / "safekeeper.pid").read_text())
+    try:
+        assert safekeeper.http("v1/status")["id"] == 5
+        with pytest.raises(PqError, match="tenantid is required"):
+            connect("127.0.0.1", safekeeper.pg_port, user="u").simple_query("IDENTIFY_SYSTEM")
+    finally:
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
+def test_log_filter_and_signals(
+    tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RUST_LOG decides what is logged; every signal ends the process at once."""
+    monkeypatch.setenv("RUST_LOG", "error,zenith_utils.http_server=info")
+    safekeeper = Safekeeper(tmp_path / "sk", 7)
+    safekeeper.start()
+    assert safekeeper.kill(number) == TERMINATED
+    log = (safekeeper.directory / "out.log").read_text()
+    assert "GET /v1/status 200" in log
+    assert "listens on" not in log
+
+
+def test_ports_that_are_taken(tmp_path: Path) -> None:
+    """Told on the terminal, also by a daemon."""
+    with bind_listener("127.0.0.1:0") as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        for option in ("--listen-pg", "--listen-http"):
+            other = "--listen-http" if option == "--listen-pg" else "--listen-pg"
+            result = run(
+                *("-D", str(tmp_path), "--id", "1", "-d", option, address, other, "127.0.0.1:0")
+            )
+            assert result.returncode == 1
+            assert f"Error: cannot listen on {address}: Address already in use" in result.stderr
+
+
+def test_nothing_is_stored_for_a_wrong_address(tmp_path: Path) -> None:
+    result = run("-D", str(tmp_path), "--id", "1", "--listen-http", "localhost")
+    assert (result.returncode, list(tmp_path.iterdir())) == (1, [])
+    assert "invalid address 'localhost': expected host:port" in result.stderr
+
+
+def test_help() -> None:
+    result = run("--help")
+    assert result.returncode == 0
+    for text in ("data directory:", "service:", "retention:", "example:", "--recall DURATION"):
+        assert text in result.stdout
 
 
 class Calls:

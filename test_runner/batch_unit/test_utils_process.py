@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DAEMON = """
 import socket, sys
 from pathlib import Path
+from typing import Any
 from zenith_utils.daemonize import bind_listener, daemonize
 from zenith_utils.log import init_logging
 from zenith_utils.shutdown import Shutdown
@@ -237,3 +239,17 @@ def test_files_are_given_without_following_links(
         assert (path.lstat().st_uid, path.lstat().st_gid) == (user.pw_uid, user.pw_gid), path
     shown = subprocess.run(["id", "-u"], capture_output=True, check=True, **os_user.popen_kwargs())
     assert int(shown.stdout) == user.pw_uid
+
+
+def test_names_with_addresses_of_both_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as localhost on most machines: clients that were told 127.0.0.1 find it there."""
+    plain = socket.getaddrinfo
+
+    def both(host: str, port: int, **options: Any) -> list[Any]:
+        assert host == "localhost"
+        ipv6 = (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", port, 0, 0))
+        return [ipv6, *plain("127.0.0.1", port, **options)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", both)
+    with bind_listener("localhost:0") as sock:
+        assert sock.getsockname()[0] == "127.0.0.1"

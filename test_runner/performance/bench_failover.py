@@ -30,7 +30,7 @@ from fixtures.postgres import Postgres
 from fixtures.safekeeper_wal import Timeline
 from fixtures.storage import FLUSH_LSN, Branch
 from fixtures.utils import lsn_from_hex
-from fixtures.zenith_env import Paths, ZenithEnvBuilder
+from fixtures.zenith_env import ZenithEnvBuilder
 
 RETRY = 0.002
 INSERT = "INSERT INTO bench (filler) VALUES (repeat('x', 100))"
@@ -39,12 +39,8 @@ INSERT = "INSERT INTO bench (filler) VALUES (repeat('x', 100))"
 @contextlib.contextmanager
 def compute(directory: Path) -> Iterator[Postgres]:
     """A running compute with the table."""
-    paths = Paths(
-        Path(sys.executable).parent,
-        Path(os.environ.get("POSTGRES_DISTRIB_DIR") or "/usr/lib/postgresql/15"),
-    )
     ports = PortDistributor(BASE_PORT, WORKER_PORT_NUM)
-    with ZenithEnvBuilder(directory / "repo", ports, paths) as builder:
+    with ZenithEnvBuilder(directory / "repo", ports) as builder:
         builder.num_safekeepers = 3
         builder.safekeepers_sync = True
         pg = builder.init_start().postgres.create_start("main", config_lines=["autovacuum=off"])

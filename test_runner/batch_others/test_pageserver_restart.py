@@ -1,0 +1,135 @@
+"""The pageserver stops and starts while computes live, and while they do not."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import psycopg2
+import pytest
+from fixtures.postgres import Postgres
+from fixtures.storage import Branch
+from fixtures.utils import wait_until
+from fixtures.zenith_env import ZenithEnvBuilder
+
+ROWS = 30_000
+FILL = (
+    "INSERT INTO foo SELECT 'long string to consume some space' || g FROM generate_series(%d, %d) g"
+)
+
+
+class Reader(threading.Thread):
+    """Counts a table again and again on one connection; how often, or what went wrong."""
+
+    def __init__(self, pg: Postgres) -> None:
+        super().__init__(daemon=True)
+        self._connection = pg.connect()
+        self.stopping = threading.Event()
+        self.scans = 0
+        self.wrong: list[object] = []
+
+    def run(self) -> None:
+        """Until told to stop, or something is wrong."""
+        try:
+            with contextlib.closing(self._connection), self._connection.cursor() as cursor:
+                while not self.stopping.is_set() and not self.wrong:
+                    cursor.execute("SELECT count(*), count(DISTINCT t) FROM foo")
+                    row = cursor.fetchone()
+                    if row != (ROWS, ROWS):
+                        self.wrong.append(row)
+                    self.scans += 1
+        except psycopg2.Error as error:
+            self.wrong.append(error)
+
+
+@contextlib.contextmanager
+def reading(pg: Postgres) -> Iterator[Reader]:
+    """A reader meanwhile, in the end without a complaint."""
+    reader = Reader(pg)
+    reader.start()
+    try:
+        yield reader
+    finally:
+        reader.stopping.set()
+        reader.join(60)
+    assert not reader.is_alive(), "a read hangs"
+    assert not reader.wrong
+
+
+@pytest.mark.parametrize("num_safekeepers", [0, 1])
+def test_restarts_under_a_living_compute(
+    zenith_env_builder: ZenithEnvBuilder, num_safekeepers: int
+) -> None:
+    """Sessions, a transaction and a cold scan go on over restarts of the pageserver, clean or not.
+
+    Somebody who updates or loses a pageserver must not have to restart the computes it serves, nor
+    may their clients see an error or a wrong row.
+    """
+    zenith_env_builder.num_safekeepers = num_safekeepers
+    env = zenith_env_builder.init_start()
+    pg = env.postgres.create_start("main")
+    pg.safe_psql("CREATE TABLE foo (t text)")
+    pg.safe_psql(FILL % (1, ROWS))
+    pg.safe_psql("CREATE TABLE log (i int)")
+    # Nothing of the table is here: each round reads a part of it for the first time.
+    pg.stop()
+    pg.start()
+    part = "SELECT count(t) FROM foo WHERE ctid >= '(%d,0)' AND ctid < '(%d,0)'"
+    with contextlib.closing(pg.connect(autocommit=False)) as open_one:
+        cursor = open_one.cursor()
+        cursor.execute("INSERT INTO log VALUES (0)")
+        counted = 0
+        for number in range(3):
+            if number % 2:
+                env.pageserver.kill()
+            else:
+                env.pageserver.stop()
+            env.pageserver.start()
+            cursor.execute(part % (number * 20, number * 20 + 20))
+            counted += cursor.fetchone()[0]
+            pg.safe_psql(f"INSERT INTO log VALUES ({number + 1})")
+        cursor.execute("SELECT count(*) FROM foo WHERE ctid < '(60,0)'")
+        assert cursor.fetchone() == (counted,)
+        open_one.commit()
+    with reading(pg) as reader:
+        for _ in range(2):
+            done = reader.scans
+            env.pageserver.stop(immediate=True)
+            env.pageserver.start()
+            wait_until(lambda done=done: reader.scans > done or reader.wrong, what="scans")  # type: ignore[misc]
+    expected = [(4, 6)]
+    assert pg.safe_psql("SELECT count(*), sum(i) FROM log") == expected
+    pg.kill()
+    pg.start()
+    assert pg.safe_psql("SELECT count(*), sum(i) FROM log") == expected
+    assert pg.safe_psql("SELECT count(*), count(DISTINCT t) FROM foo") == [(ROWS, ROWS)]
+
+
+@pytest.mark.parametrize("how", ["stopped", "killed"])
+def test_catchup_while_compute_down(zenith_env_builder: ZenithEnvBuilder, how: str) -> None:
+    """What was committed while the pageserver was away is there for the next compute.
+
+    The pageserver has to get it from the safekeepers, with nobody left who had written it. Were
+    only a living compute to set it going, the next start would wait for ever, or show old data.
+    """
+    zenith_env_builder.num_safekeepers = 3
+    env = zenith_env_builder.init_start()
+    pg = env.postgres.create_start("main")
+    pg.safe_psql("CREATE TABLE foo (t text)")
+    # One session, which has what it needs of the catalogs.
+    with contextlib.closing(pg.connect()) as connection, connection.cursor() as cursor:
+        cursor.execute(FILL % (1, 10_000))
+        if how == "stopped":
+            env.pageserver.stop()
+        else:
+            env.pageserver.kill()
+        cursor.execute(FILL % (10_001, ROWS))
+    if how == "stopped":
+        pg.stop()
+    else:
+        pg.kill()
+    env.pageserver.start()
+    pg.start()
+    assert pg.safe_psql("SELECT count(*), count(DISTINCT t) FROM foo") == [(ROWS, ROWS)]
+    Branch.of(pg).wait_for(pg)

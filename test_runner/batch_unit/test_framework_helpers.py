@@ -1,0 +1,155 @@
+"""Helpers of the test framework: arguments, names of directories, waiting, comparing files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import run_pytest
+from fixtures import paths
+from fixtures.http_clients import ZenithPageserverHttpClient
+from fixtures.output import directory_name, remove
+from fixtures.restored_datadir import list_files_to_compare
+from fixtures.utils import get_dir_size, lsn_from_hex, print_gc_result
+from fixtures.waits import remote_consistent_lsn, wait_for, wait_for_last_record_lsn
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A checkout with two batches."""
+    for name in ("batch_a/test_one.py", "batch_b/test_two.py", "test_top.py"):
+        path = tmp_path / "root" / "test_runner" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (tmp_path / "elsewhere" / "own").mkdir(parents=True)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (["test_one.py"], ["{root}/test_runner/batch_a/test_one.py"]),
+        (["test_top.py"], ["{root}/test_runner/test_top.py"]),
+        (["test_two.py::test_x[a/b]"], ["{root}/test_runner/batch_b/test_two.py::test_x[a/b]"]),
+        (["test_runner/batch_a"], ["test_runner/batch_a"]),
+        (["own"], ["{cwd}/own"]),
+        (["nowhere.py"], ["nowhere.py"]),
+        (["-k", "own", "-n", "2", "-x"], ["-k", "own", "-n", "2", "-x"]),
+        (["--out-dir", "perf", "own"], ["--out-dir", "{cwd}/perf", "{cwd}/own"]),
+        (["--out-dir=perf", "-s"], ["--out-dir={cwd}/perf", "-s"]),
+        (["--log-cli-level=INFO"], ["--log-cli-level=INFO"]),
+        (["-k", "-m", "own"], ["-k", "-m", "{cwd}/own"]),
+    ],
+)
+def test_arguments(tree: Path, given: list[str], meant: list[str]) -> None:
+    """Paths are the caller's or the checkout's, names of test files are looked up."""
+    root, cwd = tree / "root", tree / "elsewhere"
+    expected = [text.format(root=root, cwd=cwd) for text in meant]
+    assert run_pytest.resolve(given, cwd, root) == expected
+
+
+@pytest.mark.parametrize("name", ["test_x[a/b]", "test_x[" + "ä" * 300 + "]", "test_x[\0]", ".."])
+def test_directory_names(tmp_path: Path, name: str) -> None:
+    """Whatever a parameter id holds, it makes a directory right there."""
+    (tmp_path / directory_name(name)).mkdir()
+    assert directory_name(name) == directory_name(name) != directory_name(name + "1")
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_directory_name_is_the_test_name() -> None:
+    """As a rule."""
+    assert directory_name("test_restart[True]") == "test_restart[True]"
+
+
+def test_remove(tmp_path: Path) -> None:
+    """Also what nobody may write to."""
+    top = tmp_path / "top"
+    (top / "below").mkdir(parents=True)
+    (top / "below" / "file").touch()
+    (top / "dangling").symlink_to("nowhere")
+    (top / "below").chmod(0o500)
+    remove(top)
+    assert not top.exists()
+
+
+def test_wait_for() -> None:
+    """Until there is neither an exception nor False; other empty results are results."""
+    outcomes: list[object] = [ValueError("no"), False, 0]
+
+    def step() -> object:
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    assert wait_for(3, 0, step) == 0
+    assert wait_for(1, 0, lambda: None) is None
+
+    def failing() -> None:
+        raise ValueError("the reason")
+
+    with pytest.raises(Exception, match=r"timed out while waiting for .*failing") as caught:
+        wait_for(2, 0, failing)
+    assert str(caught.value.__cause__) == "the reason"
+
+
+class Details:
+    """Answers of a pageserver, one after another."""
+
+    def __init__(self, *details: dict[str, Any]) -> None:
+        self.left = list(details)
+
+    def timeline_detail(self, tenant: object, timeline: object) -> dict[str, Any]:
+        """The next answer; the last one again and again."""
+        return self.left.pop(0) if len(self.left) > 1 else self.left[0]
+
+
+def test_wait_for_last_record_lsn() -> None:
+    """It is the LSN that is waited for, not that there is one."""
+    answers = [{"local": {"last_record_lsn": f"0/{n}"}} for n in (1, 2, 3)]
+    client = Details(*answers)
+    pageserver = cast(ZenithPageserverHttpClient, client)
+    wait_for_last_record_lsn(pageserver, cast(Any, None), cast(Any, None), lsn_from_hex("0/3"))
+    assert client.left == answers[-1:]
+
+
+def test_remote_consistent_lsn() -> None:
+    """Nothing uploaded is 0."""
+    for remote in (None, {"remote_consistent_lsn": None, "awaits_download": False}):
+        client = cast(ZenithPageserverHttpClient, Details({"remote": remote}))
+        assert remote_consistent_lsn(client, cast(Any, None), cast(Any, None)) == 0
+
+
+def test_files_to_compare(tmp_path: Path) -> None:
+    """Not those of one server only, not relation files, all others."""
+    compared = ["PG_VERSION", "base/5/PG_VERSION", "base/5/pg_filenode.map", "pg_xact/0000"]
+    skipped = ["pg_wal/000000010000000000000001", "pg_logical/x", "global/pg_control"]
+    skipped += ["postgresql.conf", "base/5/1259", "base/5/1259_vm", "base/5/1259.1", "base/5/t3_9"]
+    for name in (*compared, *skipped, "pg_logical/snapshots/deeper"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert list_files_to_compare(tmp_path) == sorted([*compared, "pg_logical/snapshots/deeper"])
+
+
+def test_get_dir_size(tmp_path: Path) -> None:
+    """Files at any depth."""
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "a").write_bytes(b"abc")
+    (tmp_path / "b").write_bytes(b"de")
+    assert get_dir_size(tmp_path) == 5
+
+
+def test_print_gc_result(caplog: pytest.LogCaptureFixture) -> None:
+    """The columns by name."""
+    names = ("total", "needed_by_cutoff", "needed_by_branches", "not_updated", "removed")
+    row = {f"layers_{name}": number for number, name in enumerate(names, 10)}
+    print_gc_result({**row, "elapsed": 7})
+    assert "GC in 7 ms: 10 layers" in caplog.text
+    assert "14 removed" in caplog.text
+
+
+def test_environment_variables_are_of_the_caller() -> None:
+    """Where programs are is absolute from the start: tests change directories."""
+    for path in (paths.zenith_binpath, paths.pg_distrib_dir, paths.top_output_dir):
+        assert Path(path).is_absolute()
