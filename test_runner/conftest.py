@@ -4,7 +4,7 @@ pytest_plugins = (
     "fixtures.session",
     "fixtures.zenith_fixtures",
     "fixtures.benchmark_fixture",
-    "fixtures.compare_fixtures",
     "fixtures.proposer_postgres",
+    "fixtures.compare_fixtures",
     "fixtures.slow",
 )
