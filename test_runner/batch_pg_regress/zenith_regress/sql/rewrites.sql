@@ -1,0 +1,27 @@
+-- New files for old relations, and none for those whose transaction fails.
+CREATE TABLE rewritten (id int PRIMARY KEY, v int, t text);
+CREATE INDEX rewritten_v ON rewritten (v);
+INSERT INTO rewritten SELECT i, 5000 - i, 'text ' || i FROM generate_series(1, 5000) i;
+BEGIN;
+TRUNCATE rewritten;
+INSERT INTO rewritten VALUES (1, 1, 'not for long');
+ROLLBACK;
+SELECT count(*) FROM rewritten;
+CLUSTER rewritten USING rewritten_v;
+SELECT id FROM rewritten LIMIT 3;
+ALTER TABLE rewritten ALTER v TYPE bigint;
+REINDEX TABLE rewritten;
+REINDEX INDEX CONCURRENTLY rewritten_v;
+ALTER TABLE rewritten ADD made timestamptz DEFAULT '2020-01-01', ADD late int DEFAULT 7;
+SELECT count(*), sum(v), min(made) = '2020-01-01', sum(late) FROM rewritten;
+VACUUM FULL rewritten;
+SELECT sum(v) FROM rewritten WHERE v BETWEEN 10 AND 20;
+CREATE TABLE short_lived AS SELECT generate_series(1, 2000) i;
+DROP TABLE short_lived;
+CREATE MATERIALIZED VIEW counted AS SELECT v % 10 AS digit, count(*) FROM rewritten GROUP BY 1;
+UPDATE rewritten SET v = 0 WHERE v < 100;
+REFRESH MATERIALIZED VIEW counted;
+SELECT * FROM counted ORDER BY 1;
+TRUNCATE rewritten;
+SELECT count(*) FROM rewritten;
+INSERT INTO rewritten VALUES (1, 1, 'here to stay');

@@ -1,0 +1,21 @@
+-- Sequences: logged ahead, never taken back.
+CREATE SEQUENCE plain;
+CREATE SEQUENCE stepping INCREMENT 7 MINVALUE -20 MAXVALUE 20 START -20 CYCLE CACHE 3;
+SELECT count(nextval('plain')) FROM generate_series(1, 100);
+BEGIN;
+SELECT nextval('plain');
+ROLLBACK;
+SELECT nextval('plain');
+SELECT nextval('stepping') FROM generate_series(1, 8);
+SELECT setval('plain', 1000), currval('plain');
+ALTER SEQUENCE plain INCREMENT 10 RESTART 5;
+SELECT nextval('plain'), nextval('plain');
+CREATE TABLE numbered (id bigserial PRIMARY KEY, g int GENERATED ALWAYS AS IDENTITY, t text);
+INSERT INTO numbered (t) SELECT 'x' FROM generate_series(1, 50);
+TRUNCATE numbered RESTART IDENTITY;
+INSERT INTO numbered (t) VALUES ('first again') RETURNING id, g;
+BEGIN;
+TRUNCATE numbered RESTART IDENTITY;
+SELECT nextval('numbered_id_seq');
+ROLLBACK;
+INSERT INTO numbered (t) VALUES ('second') RETURNING id, g;

@@ -1,0 +1,21 @@
+-- Prepared transactions: their state is a file until they end, their locks stay.
+CREATE TABLE agreed (i int);
+BEGIN;
+INSERT INTO agreed VALUES (1);
+CREATE TABLE made_in_two_phases (i int);
+SAVEPOINT s;
+INSERT INTO made_in_two_phases VALUES (1);
+PREPARE TRANSACTION 'regress to commit';
+BEGIN;
+INSERT INTO agreed VALUES (2);
+PREPARE TRANSACTION 'regress to roll back';
+SELECT gid FROM pg_prepared_xacts WHERE gid LIKE 'regress to%' ORDER BY gid;
+SELECT count(*) FROM agreed;
+CHECKPOINT;
+COMMIT PREPARED 'regress to commit';
+ROLLBACK PREPARED 'regress to roll back';
+SELECT i FROM agreed;
+SELECT i FROM made_in_two_phases;
+BEGIN;
+INSERT INTO agreed VALUES (3);
+PREPARE TRANSACTION 'regress stays prepared';
