@@ -224,7 +224,7 @@ def _schemas() -> dict[str, Json]:
             },
             remote_consistent_lsn={
                 **lsn,
-                "description": "WAL below it is in the pageserver's remote storage.",
+                "description": "Always `0/0` in this version.",
             },
             flush_lsn={**lsn, "description": "Durable here, at this moment."},
             oldest_lsn={**lsn, "description": "Where the WAL begins that is here."},

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from html.parser import HTMLParser
 from typing import Any
 
 import pytest
 import yaml
+from batch_unit.pageserver_support import REPOSITORY
 from batch_unit.test_http_conformance import pageserver_document, safekeeper_document
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -198,6 +201,18 @@ def test_pages(document: dict[str, Any]) -> None:
     for name in document["components"]["schemas"]:
         assert name in page.ids
     assert yaml.safe_load(to_yaml(document)) == json.loads(json.dumps(document))
+
+
+def test_description_costs_no_start() -> None:
+    """What nobody has asked for is not loaded."""
+    script = (
+        "import sys, safekeeper.main, safekeeper.http_api, pageserver.http.routes\n"
+        "print([m for m in sys.modules if 'openapi' in m or 'yaml' in m])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=REPOSITORY, check=True
+    )
+    assert result.stdout == "[]\n"
 
 
 def test_texts_are_escaped() -> None:
