@@ -1,4 +1,4 @@
-"""`zenith completion`: scripts for shells, and what completes the values of options
+"""`zenith completion`: scripts for shells, and what completes the values of options.
 
 The names come from the files of the environment alone: no daemon is asked, so that it is quick,
 and whatever is wrong with the environment, completion says nothing.

@@ -1,4 +1,4 @@
-"""`zenith doctor`: what is wrong with this machine and the environment, and what to do"""
+"""`zenith doctor`: what is wrong with this machine and the environment, and what to do."""
 
 from __future__ import annotations
 
@@ -52,7 +52,10 @@ def _examine(repo_dir: Path) -> Iterator[Finding]:
         env = LocalEnv.load(repo_dir)
     except ControlPlaneError as e:
         yield from machine_checks(None, repo_dir)
-        yield fail("config", f"{e.__cause__}", f"correct {repo_dir / CONFIG_FILE}")
+        remedy = f"correct {repo_dir / CONFIG_FILE}"
+        if isinstance(e.__cause__, OSError):
+            remedy = "run zenith as the owner of the environment"
+        yield fail("config", f"{e.__cause__}", remedy)
         return
     yield from machine_checks(env, repo_dir)
     yield from guarded("environment", lambda: environment_checks(env))

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import tomllib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -73,6 +72,8 @@ def create_environment(
 
     Nothing is left behind where it fails.
     """
+    from concurrent.futures import ThreadPoolExecutor
+
     repo_dir = repo_dir_from_environment()
     if repo_dir.exists():
         initialized = (repo_dir / CONFIG_FILE).exists()

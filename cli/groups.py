@@ -1,4 +1,4 @@
-"""Groups of commands whose modules are imported when one of them is run"""
+"""Groups of commands whose modules are imported when one of them is run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`zenith psql`: the distribution's psql on the running node of a branch"""
+"""`zenith psql`: the distribution's psql on the running node of a branch."""
 
 from __future__ import annotations
 
@@ -84,14 +84,18 @@ def find_node(env: LocalEnv, tenant_id: TenantId, name: str) -> Compute:
 
     Raises ControlPlaneError, which names the command that starts it, or those there are.
     """
-    nodes = ComputeControlPlane(env).nodes(tenant_id, lambda _: None)
+    plane = ComputeControlPlane(env)
+    nodes = plane.nodes(tenant_id, lambda _: None)
     named = next((node for node in nodes if node.name == name), None)
     if named is not None and named.status() == _RUNNING:
         return named
-    if named is not None and tenant_id not in env.branches.get(name, {}):
-        raise ControlPlaneError(
-            f"postgres {name} is not running ({named.status()}): zenith pg start {name}"
-        )
+    if tenant_id not in env.branches.get(name, {}):
+        if named is not None:
+            raise ControlPlaneError(
+                f"postgres {name} is not running ({named.status()}): zenith pg start {name}"
+            )
+        if (env.pgdata_dirs(tenant_id) / name).is_dir():
+            plane.get(tenant_id, name)  # says what is wrong with it
     timeline_id = env.branch_timeline(name, tenant_id)
     on_branch = [node for node in nodes if node.timeline_id == timeline_id]
     running = [node for node in on_branch if node.status() == _RUNNING]
@@ -104,16 +108,19 @@ def find_node(env: LocalEnv, tenant_id: TenantId, name: str) -> Compute:
             f"several nodes run on branch '{name}': {names}. Say which: "
             f"zenith psql {writable[0].name}"
         )
-    raise ControlPlaneError(_none_runs(name, on_branch, running))
+    taken = {node.name for node in nodes}
+    raise ControlPlaneError(_none_runs(name, on_branch, running, taken))
 
 
-def _none_runs(branch: str, on_branch: list[Compute], running: list[Compute]) -> str:
+def _none_runs(
+    branch: str, on_branch: list[Compute], running: list[Compute], taken: set[str]
+) -> str:
     text = f"no read-write node runs on branch '{branch}'. Start one: "
     stopped = next((node.name for node in on_branch if not node.read_only), None)
     if stopped is not None:
         text += f"zenith pg start {stopped}"
     else:
-        free = branch if all(node.name != branch for node in on_branch) else f"{branch}_node"
+        free = f"{branch}_node" if branch in taken else branch
         text += f"zenith pg start {free} --branch-name {branch}"
     if running:
         names = ", ".join(f"zenith psql {node.name}" for node in running)

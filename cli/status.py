@@ -1,4 +1,4 @@
-"""`zenith status`: the whole environment on one screen, warnings first"""
+"""`zenith status`: the whole environment on one screen, warnings first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables for humans, as a terminal or a pipe can take them, and JSON documents for programs"""
+"""Tables for humans, as a terminal or a pipe can take them, and JSON documents for programs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from .context import say
+from .progress import hidden
 
 _Function = Callable[..., Any]
 
@@ -29,7 +30,8 @@ def say_json(document: object) -> None:
 
 def warn(text: str) -> None:
     """Something beside the answer, on stderr."""
-    click.echo(text, err=True)
+    with hidden():
+        click.echo(text, err=True)
 
 
 def on_terminal() -> bool:

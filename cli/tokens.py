@@ -10,6 +10,7 @@ from control_plane import auth
 from zenith_utils.duration import DurationError, parse_duration
 from zenith_utils.ids import TenantId
 
+from .completion import tenants as complete_tenants
 from .context import TENANT_ID, CliContext, pass_context, say
 
 
@@ -27,7 +28,12 @@ class _DurationType(click.ParamType[Any]):
 
 
 @click.command()
-@click.option("--tenant-id", type=TENANT_ID, help="For this tenant only; default: for everything.")
+@click.option(
+    "--tenant-id",
+    type=TENANT_ID,
+    shell_complete=complete_tenants,
+    help="For this tenant only; default: for everything.",
+)
 @click.option(
     "--expires-in", type=_DurationType(), help="As in '1 h'; default: valid as long as the key."
 )

@@ -38,12 +38,27 @@ class ConfigFiles:
         The file is replaced in one step: Postgres may be told to read it at any time. Raises
         OSError.
         """
-        self._stamps = {}
         with _as_postgres_user():
-            lines = self._read(self._pgdata / "postgresql.conf") or []
-            automatic = self._read(self._pgdata / "postgresql.auto.conf") or []
+            lines, automatic = self.read()
         _replace(self._generated, postgres_conf.generate(lines, own))
         return postgres_conf.parse([*lines, *automatic])
+
+    def generate_plain(self) -> None:
+        """Write the file with nothing but the user's lines, as stock Postgres accepts them.
+
+        Raises OSError.
+        """
+        lines, _ = self.read()
+        _replace(self._generated, "\n".join(map(postgres_conf.translate_line, lines)) + "\n")
+
+    def read(self) -> tuple[list[str], list[str]]:
+        """The lines of postgresql.conf, files it includes in place, and of postgresql.auto.conf.
+
+        Without rights other than the caller's own.
+        """
+        self._stamps = {}
+        lines = self._read(self._pgdata / "postgresql.conf") or []
+        return lines, self._read(self._pgdata / "postgresql.auto.conf") or []
 
     def changed(self) -> bool:
         """Whether a file that generate() has read, or looked for, is another one now."""

@@ -119,6 +119,13 @@ def parse_line(line: str) -> tuple[str, str] | None:
     return None if match is None else (match["name"].lower(), _unquoted(match["value"]))
 
 
+def is_well_formed(line: str) -> bool:
+    """Whether Postgres can make sense of a line: a setting, a comment, or nothing."""
+    match = _LINE.match(line)
+    rest = line if match is None else line[match.end("value") :]
+    return not rest.strip() or rest.lstrip().startswith("#")
+
+
 def parse_include(line: str) -> Include | None:
     """The include directive in a line, if there is one."""
     setting = parse_line(line)
@@ -180,7 +187,7 @@ def command_line(settings: Mapping[str, str], node: Node) -> dict[str, str]:
         "restart_after_crash": "off",
         # A WAL-logging level below replica would not reach the safekeepers.
         "wal_level": "logical" if logical else "replica",
-        "shared_preload_libraries": _preload_libraries(
+        "shared_preload_libraries": preload_libraries(
             settings.get("shared_preload_libraries", ""), str(node.library)
         ),
         "data_sync_retry": "off",
@@ -188,7 +195,7 @@ def command_line(settings: Mapping[str, str], node: Node) -> dict[str, str]:
     }
     addresses = settings.get("listen_addresses")
     if addresses is not None:
-        forced["listen_addresses"] = _with_loopback(addresses)
+        forced["listen_addresses"] = with_loopback(addresses)
     if node.standby_name is None:
         forced["zenith.read_only_node"] = "on"
         forced["synchronous_standby_names"] = ""
@@ -244,7 +251,7 @@ def _limits(settings: Mapping[str, str], node: Node) -> dict[str, str]:
     }
 
 
-def _preload_libraries(users: str, library: str) -> str:
+def preload_libraries(users: str, library: str) -> str:
     """The user's list with `zenith`, by name or path, replaced by our build, which comes first."""
     names = [name.strip().strip('"') for name in users.split(",")]
     others = [name for name in names if name and PurePath(name).name.split(".")[0] != "zenith"]
@@ -256,7 +263,7 @@ def _listed(name: str) -> str:
     return f'"{name}"' if "," in name or name != name.strip() else name
 
 
-def _with_loopback(addresses: str) -> str:
+def with_loopback(addresses: str) -> str:
     """The user's addresses and the one that the walproposer and the command line connect to."""
     names = [name.strip() for name in addresses.split(",") if name.strip()]
     if not _EVERY_ADDRESS.isdisjoint(names):

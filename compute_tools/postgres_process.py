@@ -162,7 +162,7 @@ class PostgresProcess:
 
     def _is_ready(self) -> bool:
         """Line 8 of postmaster.pid is the postmaster's own account (miscadmin.h, pidfile.h)."""
-        lines = _pid_file_lines(self._pgdata)
+        lines = pid_file_lines(self._pgdata)
         return len(lines) >= 8 and lines[0] == str(self.pid) and lines[7].strip() == "ready"
 
 
@@ -174,7 +174,7 @@ def end_leftovers(pgdata: Path) -> None:
     if not (pgdata / "postmaster.pid").exists():
         return
     deadline = time.monotonic() + KILL_TIMEOUT
-    while remaining := _servers_in(pgdata):
+    while remaining := servers_in(pgdata):
         if time.monotonic() > deadline:
             raise PostgresError(f"processes {remaining} of an earlier life of the node do not end")
         for pid in remaining:
@@ -226,7 +226,7 @@ def _children() -> set[int]:
     return found
 
 
-def _servers_in(pgdata: Path) -> list[int]:
+def servers_in(pgdata: Path) -> list[int]:
     """Postgres processes whose working directory is `pgdata`, which a server never leaves."""
     found = []
     for process in _processes():
@@ -237,7 +237,8 @@ def _servers_in(pgdata: Path) -> list[int]:
     return found
 
 
-def _pid_file_lines(pgdata: Path) -> list[str]:
+def pid_file_lines(pgdata: Path) -> list[str]:
+    """The lines of postmaster.pid (miscadmin.h), none if it is not there."""
     try:
         return (pgdata / "postmaster.pid").read_text(errors="replace").splitlines()
     except OSError:
@@ -250,7 +251,7 @@ def _remove_shared_memory(pgdata: Path) -> None:
     The file is in the hands of Postgres' user: a segment of somebody else's is left alone.
     """
     try:
-        segment = int(_pid_file_lines(pgdata)[6].split()[1])
+        segment = int(pid_file_lines(pgdata)[6].split()[1])
     except (IndexError, ValueError):
         return
     status = ctypes.create_string_buffer(_SHMID_DS_SIZE)

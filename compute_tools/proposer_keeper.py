@@ -70,6 +70,7 @@ class ProposerKeeper:
         Raises OSError.
         """
         self._spec = spec
+        self._user = spec.superuser
         self._wake = wake
         self._process = self._first = ProposerProcess.start(spec, wake)
         self._stage = _Stage.ELECTION
@@ -94,8 +95,12 @@ class ProposerKeeper:
         """
         return self._process.wait_elected()
 
-    def begin(self, base_lsn: Lsn) -> None:
-        """Have it stream from the Postgres that was started at `base_lsn`; raises ProposerError."""
+    def begin(self, base_lsn: Lsn, user: str | None = None) -> None:
+        """Have it stream from the Postgres that was started at `base_lsn`; raises ProposerError.
+
+        `user` is whom it connects as, if not the superuser of the specification.
+        """
+        self._user = user or self._user
         self._begin(base_lsn)
         self._process.wait_streaming()
         elected = self._process.event("elected")
@@ -215,7 +220,7 @@ class ProposerKeeper:
         return None
 
     def _begin(self, lsn: Lsn) -> None:
-        self._process.begin(lsn, self._spec.port, self._spec.superuser)
+        self._process.begin(lsn, self._spec.port, self._user)
 
     # The end
 

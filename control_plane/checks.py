@@ -1,4 +1,4 @@
-"""Whether this machine, and an environment on it, have what Zenith needs; each with its remedy"""
+"""Whether this machine, and an environment on it, have what Zenith needs; each with its remedy."""
 
 from __future__ import annotations
 
@@ -188,7 +188,9 @@ def _path(check: str, path: Path) -> Iterator[Finding]:
         yield fail(
             check,
             f"{there} is not ours to write (uid {os.geteuid()}, owner {there.stat().st_uid})",
-            f"run zenith as its owner, or: chown -R {os.geteuid()} {there}",
+            "run zenith as its owner"
+            if there == path
+            else "choose another place: a directory of your own, or ZENITH_REPO_DIR",
         )
     else:
         yield ok(check, str(path) if there == path else f"{path} can be made in {there}")

@@ -1,4 +1,4 @@
-"""Whether the files and ports of a local environment are what they should be"""
+"""Whether the files and ports of a local environment are what they should be."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Iterator
 
 from compute_tools import state
-from control_plane import daemons, membership
+from control_plane import auth, daemons, membership
 from control_plane.addresses import can_listen
 from control_plane.checks import Finding, fail, ok, warn
 from control_plane.compute import ComputeControlPlane
@@ -65,8 +65,8 @@ def _config(env: LocalEnv) -> Iterator[Finding]:
 
 
 def _keys(env: LocalEnv) -> Iterator[Finding]:
-    private = env.repo_dir / env.private_key_path
-    needed = env.pageserver.auth_type != "Trust"
+    private = env.private_key_file
+    needed = auth.needs_token(env)
     if private.is_file():
         if stat.S_IMODE(private.stat().st_mode) & 0o077:
             yield warn("keys", f"{private} is open to others", f"chmod 600 {private}")

@@ -105,7 +105,7 @@ class LocalEnv:
     zenith_distrib_dir: Path
     default_tenant_id: TenantId | None = None
     private_key_path: str = PRIVATE_KEY_FILE
-    """Relative to the repository."""
+    """Of the key that tokens are signed with; relative to the repository."""
     pageserver: PageserverConf = field(default_factory=PageserverConf)
     safekeepers: list[SafekeeperConf] = field(default_factory=list)
     safekeeper_generation: int = 0

@@ -1,4 +1,4 @@
-"""The state of a whole local environment, collected from its daemons, computes and files"""
+"""The state of a whole local environment, collected from its daemons, computes and files."""
 
 from __future__ import annotations
 

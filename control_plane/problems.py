@@ -1,4 +1,4 @@
-"""What is wrong with an environment, told from its overview: first what keeps it from its work"""
+"""What is wrong with an environment, told from its overview: first what keeps it from its work."""
 
 from __future__ import annotations
 

@@ -19,14 +19,13 @@ from zenith_utils.ids import TenantId, TimelineId
 from zenith_utils.log import init_logging
 from zenith_utils.lsn import Lsn
 from zenith_utils.pid_file import PidFile
-from zenith_utils.quick_start import no_collection
+from zenith_utils.quick_start import quick_imports
 from zenith_utils.shutdown import IMMEDIATE_EXIT_CODE, Shutdown, ShutdownMode
 from zenith_utils.version import VersionAction, version_text
 
 if TYPE_CHECKING:
     import socket
 
-    from pageserver.tenants import TenantManager
     from postgres_ffi.distrib import PgDistrib
     from zenith_utils.jwt_tokens import TokenVerifier
 
@@ -38,6 +37,16 @@ PID_FILE_NAME = "pageserver.pid"
 # short and must not queue behind bookkeeping.
 SWITCH_INTERVAL = 0.0005
 STOP_DEADLINE = 10.0
+_EPILOG = """\
+examples:
+  pageserver -D data --init -c "id=1"
+      makes a repository in an existing directory; its pageserver.toml lists all settings
+  pageserver -D data -d -c "listen_pg_addr='127.0.0.1:6400'" -c "gc_period='10 s'"
+      runs it in the background, with other settings than those of the file
+
+The environment variable RUST_LOG filters the log, e.g. RUST_LOG=info,pageserver.walreceiver=debug.
+SIGTERM and SIGINT stop it with everything on disk, SIGQUIT (status 111) as a crash would.
+"""
 
 
 class StartError(Exception):
@@ -59,16 +68,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="pageserver",
-        description="Materializes WAL stream to pages and serves them to the postgres",
+        description="Keeps the pages of Postgres clusters as of any LSN: takes in their WAL and "
+        "serves pages to computes.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action=VersionAction)
     parser.add_argument(
-        "-D", "--workdir", metavar="DIR", default=".zenith", help="working directory"
+        "-D",
+        "--workdir",
+        metavar="DIR",
+        default=".zenith",
+        help="the repository, which must exist (default: .zenith)",
     )
-    parser.add_argument("-d", "--daemonize", action="store_true", help="run in the background")
     parser.add_argument(
-        "--init", action="store_true", help="create the repository and its configuration, and exit"
+        "-d",
+        "--daemonize",
+        action="store_true",
+        help="run in the background: pageserver.log, pageserver.pid",
+    )
+    parser.add_argument(
+        "--init", action="store_true", help="make a repository and its pageserver.toml, and exit"
     )
     parser.add_argument(
         "--create-tenant", metavar="ID", type=TenantId.parse, help="create a tenant during init"
@@ -85,7 +106,7 @@ def _parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         metavar="TOML",
         action="append",
         default=[],
-        help="override of a configuration value, a TOML document; may be repeated",
+        help="configuration that wins over pageserver.toml, a TOML document; may be repeated",
     )
     args = parser.parse_args(argv)
     if args.create_tenant is not None and not args.init:
@@ -231,8 +252,7 @@ class _Server:
         shutdown = Shutdown()
         shutdown.install()
         shutdown.guard_threads()
-        with no_collection():
-            stop = self._start()
+        stop = self._start()
         if shutdown.wait() is ShutdownMode.IMMEDIATE:
             # As after a crash: nothing is flushed, the next start recovers.
             logging.shutdown()
@@ -242,29 +262,21 @@ class _Server:
         return 0 if clean and not shutdown.failed else 1
 
     def _start(self) -> Callable[[], bool]:
-        """Loads the tenants and opens the doors; returns what closes them, as below."""
-        from pageserver.tenants import TenantManager
+        """Loads the tenants and opens the doors.
+
+        Returns what closes them and tells whether everything is durable.
+        """
+        with quick_imports():
+            from pageserver.auth import page_service_auth
+            from pageserver.failpoints import release_failpoints
+            from pageserver.http.auth import http_gate
+            from pageserver.http.routes import start_http
+            from pageserver.page_service import PageServiceHandler
+            from pageserver.tenants import TenantManager
+            from zenith_utils.postgres_backend import PostgresServer
 
         tenants = TenantManager(self._conf, self._distrib)
         tenants.load()
-        stop = self._start_services(tenants)
-        log.info(
-            "pageserver %d serves pages on %s, HTTP on %s",
-            self._conf.id,
-            self._conf.listen_pg_addr,
-            self._conf.listen_http_addr,
-        )
-        return stop
-
-    def _start_services(self, tenants: TenantManager) -> Callable[[], bool]:
-        """Opens the doors; returns what closes them and tells whether everything is durable."""
-        from pageserver.auth import page_service_auth
-        from pageserver.failpoints import release_failpoints
-        from pageserver.http.auth import http_gate
-        from pageserver.http.routes import start_http
-        from pageserver.page_service import PageServiceHandler
-        from zenith_utils.postgres_backend import PostgresServer
-
         pages = PostgresServer(
             self._pg_socket,
             lambda: PageServiceHandler(tenants),
@@ -274,6 +286,12 @@ class _Server:
         tenants.metrics.count_page_connections = lambda: pages.connections
         http = start_http(self._http_socket, tenants, http_gate(self._verifier))
         pages.start()
+        log.info(
+            "pageserver %d serves pages on %s, HTTP on %s",
+            self._conf.id,
+            self._conf.listen_pg_addr,
+            self._conf.listen_http_addr,
+        )
 
         def stop() -> bool:
             release_failpoints()

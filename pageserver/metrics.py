@@ -69,7 +69,7 @@ class PageserverMetrics(Metrics):
             ("operation", *_TIMELINE),
             _IO_BUCKETS,
         )
-        self._io_stats: dict[tuple[str, str], IoStats] = {}
+        self._io_stats: dict[tuple[TenantId, TimelineId], IoStats] = {}
         self.add_source(self._io_sizes)
         self._add_remote_storage()
         self.count_page_connections: Callable[[], int] = lambda: 0
@@ -96,11 +96,11 @@ class PageserverMetrics(Metrics):
 
     def io_stats(self, tenant_id: TenantId, timeline_id: TimelineId) -> IoStats:
         """What counts the input and output of a timeline's layer files."""
-        labels = str(tenant_id), str(timeline_id)
-        stats = self._io_stats.get(labels)
+        stats = self._io_stats.get((tenant_id, timeline_id))
         if stats is None:
+            labels = str(tenant_id), str(timeline_id)
             cells = (self._io_time.labels(name, *labels) for name in _IO_OPERATIONS)
-            stats = self._io_stats.setdefault(labels, IoStats(*cells))
+            stats = self._io_stats.setdefault((tenant_id, timeline_id), IoStats(*cells))
         return stats
 
     def _io_sizes(self) -> list[IntegerFamily]:
@@ -110,7 +110,8 @@ class PageserverMetrics(Metrics):
             ("operation", *_TIMELINE),
             kind="counter",
         )
-        for labels, stats in list(self._io_stats.items()):
+        for ids, stats in list(self._io_stats.items()):
+            labels = [str(part) for part in ids]
             family.add(stats.bytes_read, "read", *labels)
             family.add(stats.bytes_written, "write", *labels)
         return [family]

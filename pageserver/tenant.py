@@ -7,6 +7,7 @@ the tenant has of its own. Timelines are loaded when first used.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,8 +40,11 @@ from pageserver.tenant_config import (
 )
 from pageserver.timelines import TimelineHandle
 from postgres_ffi.distrib import PgDistrib
+from zenith_utils.errors import error_chain
 from zenith_utils.ids import TenantId, TimelineId
 from zenith_utils.lsn import Lsn
+
+log = logging.getLogger(__name__)
 
 TIMELINES_DIR: Final = "timelines"
 LEASES_DIR: Final = "leases"
@@ -195,6 +199,11 @@ class Tenant:
             except TimelineExists as error:
                 raise TimelineExistsError(str(error)) from error
             except (TimelineNotFound, InvalidBranchLsn, WaitLsnTimeout) as error:
+                # The causes are for whoever runs the pageserver; clients are told the error.
+                log.warning(
+                    "tenant %s: no branch %s of %s: %s",
+                    *(self.tenant_id, timeline_id, ancestor_id, ": ".join(error_chain(error))),
+                )
                 raise TenantError(str(error)) from error
             return self._register(timeline)
 

@@ -11,6 +11,8 @@ from .versions import VERSIONS, PgVersion
 DISTRIB_DIR_VARIABLE = "POSTGRES_DISTRIB_DIR"
 DEBIAN_ROOT = Path("/usr/lib/postgresql")
 DEBIAN_INCLUDE_ROOT = Path("/usr/include/postgresql")
+WRAPPED_SERVER = "postgres.distrib"
+"""In bin/ of an installation that wraps a distribution: a link to the latter's server."""
 
 _VERSION_OUTPUT = re.compile(r"\(PostgreSQL\) (\d+)(?:\.(\d+))?")
 
@@ -53,7 +55,8 @@ def find_distrib(explicit: Path | None = None) -> PgDistrib:
     """The distribution in `explicit`, else in $POSTGRES_DISTRIB_DIR, else the newest supported one
     that Debian's packages installed. DistribError if there is none or it is unsupported.
 
-    A directory is given as its root, the one that holds `bin/postgres`.
+    A directory is given as its root, the one that holds `bin/postgres`. One that wraps a
+    distribution stands for that.
     """
     if explicit is not None:
         return _open_distrib(explicit)
@@ -82,6 +85,9 @@ def _open_distrib(root: Path) -> PgDistrib:
             f"Can't find postgres binary at {root}: it must hold bin/postgres;"
             f" correct the path or {DISTRIB_DIR_VARIABLE}"
         )
+    wrapped = root / "bin" / WRAPPED_SERVER
+    if wrapped.is_symlink():
+        return _open_distrib(wrapped.resolve().parent.parent)
     bin_dir = root / "bin"
     major, version_num = _version(bin_dir / "postgres")
     if major not in VERSIONS:
@@ -91,6 +97,20 @@ def _open_distrib(root: Path) -> PgDistrib:
         )
     pkglib_dir, include_server_dir = _directories(root, major)
     return PgDistrib(bin_dir, pkglib_dir, include_server_dir, version_num, major)
+
+
+def directory_of(distrib: PgDistrib, name: str) -> Path | None:
+    """The directory `lib`, `share` or `include` of a distribution, None if it has none.
+
+    Raises DistribError.
+    """
+    option = {"lib": "--pkglibdir", "share": "--sharedir", "include": "--includedir"}[name]
+    pg_config = distrib.bin_dir / "pg_config"
+    if os.access(pg_config, os.X_OK):
+        directory = Path(_run(pg_config, option).rstrip("\n"))
+    else:
+        directory = distrib.bin_dir.parent / name
+    return directory if directory.is_dir() else None
 
 
 def _version(postgres: Path) -> tuple[int, int]:

@@ -91,6 +91,8 @@ class Client:
         # Whoever is between could have slipped it in, and it would be taken for encrypted.
         if endpoint.has_unread:
             raise ProtocolError("received unencrypted data after SSL request")
+        if endpoint.ended.done():
+            raise ConnectionClosed("the client left after its SSL request")
         endpoint.send(b"S")
         try:
             transport = await asyncio.get_running_loop().start_tls(

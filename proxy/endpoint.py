@@ -68,7 +68,7 @@ class Endpoint(asyncio.Protocol):
         peer = self._peer
         if peer is not None:
             self._traffic.proxied += len(data)
-            peer.transport.write(data)
+            peer.send(data)
             return
         self._buffer += data
         if len(self._buffer) >= _READ_AHEAD and not self._reading_paused:
@@ -147,8 +147,9 @@ class Endpoint(asyncio.Protocol):
         return header[:1], await self.read_exactly(length - 4)
 
     def send(self, data: bytes) -> None:
-        """Send bytes, now or when they can be."""
-        self.transport.write(data)
+        """Send bytes, now or when they can be; for nobody if the connection is lost."""
+        if not self.lost.done():
+            self.transport.write(data)
 
     def close(self) -> None:
         """Send what waits to be sent, and end the connection."""

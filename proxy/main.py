@@ -15,13 +15,9 @@ from typing import Final
 
 from zenith_utils.daemonize import AddressError, BindError, bind_listener, parse_address
 from zenith_utils.errors import render_error
-from zenith_utils.http_server import HttpServer, Route, metrics_route
 from zenith_utils.log import init_logging
 from zenith_utils.shutdown import IMMEDIATE_EXIT_CODE, Shutdown, ShutdownMode
 from zenith_utils.version import version_text
-
-from .metrics import proxy_metrics
-from .server import ProxyServer
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +104,12 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> int:
     target = _target(args)
     tls = _tls_context(args.ssl_key, args.ssl_cert)
+    # They take time to load, which --help and mistakes in the options should not cost.
+    from zenith_utils.http_server import HttpServer, Route, metrics_route
+
+    from .metrics import proxy_metrics
+    from .server import ProxyServer
+
     proxy_socket = bind_listener(args.proxy)
     http_socket = bind_listener(args.http)
     init_logging(rust_log=os.environ.get("RUST_LOG"))

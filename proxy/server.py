@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 _READY_FOR_QUERY: Final = b"Z\0\0\0\5I"
 _PROTOCOL_VIOLATION: Final = "08P01"
 _SCRAM_THREADS: Final = 2
+_BACKLOG: Final = 1024
 # Descriptors that are not a session's: listeners, HTTP, log, name lookups.
 _OTHER_DESCRIPTORS: Final = 64
 # How long a client may take, in seconds, to close after its server did.
@@ -105,7 +106,7 @@ class ProxyServer:
     async def _listen(self) -> asyncio.Server:
         self._sock.setblocking(False)
         return await self._loop.create_server(
-            lambda: Endpoint(self.traffic, self._accepted), sock=self._sock
+            lambda: Endpoint(self.traffic, self._accepted), sock=self._sock, backlog=_BACKLOG
         )
 
     async def _end(self) -> None:
@@ -196,6 +197,9 @@ class ProxyServer:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_LINGER):
                     await client.endpoint.lost
+            client.endpoint.close()
+            # As long as it reads what waits to be sent: until then its descriptor is in use.
+            await client.endpoint.lost
         finally:
             target.endpoint.close()
             self._keys.revoke(key)

@@ -17,7 +17,6 @@ from typing import Final
 
 from safekeeper import control_file, identity
 from safekeeper.callmemaybe import CallMeMaybe, call_pageserver
-from safekeeper.http_api import HttpApi
 from safekeeper.identity import IdentityError
 from safekeeper.metrics import SafekeeperMetrics
 from safekeeper.remote_wal import RemoteWal, RemoteWalUrlError
@@ -43,10 +42,10 @@ from zenith_utils.daemonize import (
 )
 from zenith_utils.duration import DurationError, parse_duration
 from zenith_utils.errors import render_error
-from zenith_utils.http_server import HttpServer
 from zenith_utils.log import init_logging
 from zenith_utils.pid_file import PidFileError
 from zenith_utils.postgres_backend import PostgresServer
+from zenith_utils.quick_start import quick_imports
 from zenith_utils.size import SizeError, format_size, parse_size
 from zenith_utils.version import VersionAction, version_text
 
@@ -255,6 +254,9 @@ def _run(args: argparse.Namespace) -> int:
         init_logging(directory / _LOG_FILE, rust_log)
     else:
         init_logging(None, rust_log)
+    with quick_imports():
+        from safekeeper.http_api import HttpApi
+        from zenith_utils.http_server import HttpServer
     # Before any thread exists, so that all inherit it and only sigwait() below takes them.
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     sys.setswitchinterval(_SWITCH_INTERVAL)

@@ -5,5 +5,6 @@ pytest_plugins = (
     "fixtures.zenith_fixtures",
     "fixtures.benchmark_fixture",
     "fixtures.compare_fixtures",
+    "fixtures.proposer_postgres",
     "fixtures.slow",
 )

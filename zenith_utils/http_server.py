@@ -366,7 +366,10 @@ def _request_counter(metrics: Metrics) -> IntegerMetric:
 
 
 def _error_response(status: int, message: str) -> web.Response:
-    return _aiohttp_response(json_response({"msg": message}, status))
+    response = _aiohttp_response(json_response({"msg": message}, status))
+    if status == HTTPStatus.UNAUTHORIZED:
+        response.headers["WWW-Authenticate"] = "Bearer"
+    return response
 
 
 def _aiohttp_response(response: Response) -> web.Response:

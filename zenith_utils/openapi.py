@@ -229,7 +229,15 @@ def _shared_responses(api: ApiDescription) -> dict[str, Json]:
             "Unauthorized: missing authorization header",
             "Unauthorized: malformed authorization header",
             "Unauthorized: malformed jwt token",
+            "Unauthorized: jwt token has expired",
         )
+        found["401"]["headers"] = {
+            "WWW-Authenticate": {
+                "description": "The scheme that is wanted.",
+                "schema": {"type": "string"},
+                "example": "Bearer",
+            }
+        }
         found["403"] = failure(
             "The token does not allow this.",
             "Forbidden: Tenant id mismatch. Permission denied",

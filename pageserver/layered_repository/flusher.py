@@ -85,7 +85,7 @@ class LayerFlusher:
         timeline.metadata.settle()
         files = timeline.directory.write_frozen(layer)
 
-        def flushed(metadata: TimelineMetadata) -> TimelineMetadata:
+        def made_durable(metadata: TimelineMetadata) -> TimelineMetadata:
             if BEFORE_SAVING_METADATA.active:
                 BEFORE_SAVING_METADATA.hit()
             return replace(
@@ -95,7 +95,7 @@ class LayerFlusher:
                 latest_gc_cutoff_lsn=timeline.latest_gc_cutoff_lsn,
             )
 
-        timeline.metadata.commit(flushed, add=files, flushed=True)
+        timeline.metadata.commit(made_durable, add=files, flushed=True)
         timeline.context.resources.memory.flushed(timeline, layer.memory_size)
 
     def _run(self) -> None:

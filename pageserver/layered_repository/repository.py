@@ -322,7 +322,7 @@ class Repository:
             timeline_id,
             self._files,
             self.resources.descriptors,
-            self.resources.count_io(self.tenant_id, timeline_id),
+            self.resources.count_io,
         )
 
     def _make_directory(self, durable: bool) -> None:

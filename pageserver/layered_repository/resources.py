@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Final
 from pageserver.layered_repository.block_cache import BlockCache
 from pageserver.layered_repository.descriptor_cache import DescriptorCache
 from pageserver.layered_repository.files import FILES, Files
-from pageserver.layered_repository.io_stats import IoStats
+from pageserver.layered_repository.io_count import CountIo, not_counted
 from pageserver.layered_repository.memory_budget import MemoryBudget
 from pageserver.layered_repository.page_cache import PageCache
 from pageserver.layered_repository.reader import Reconstruct
 from pageserver.layered_repository.settings import StoreSettings
-from zenith_utils.ids import TenantId, TimelineId
+from zenith_utils.ids import TimelineId
 
 if TYPE_CHECKING:
     from pageserver.layered_repository.timeline import Timeline
@@ -24,19 +24,12 @@ if TYPE_CHECKING:
 Measure = Callable[[str, "Timeline"], AbstractContextManager[object]]
 """Measures a `with` block: the name of an operation and the timeline that it works on."""
 
-CountIo = Callable[[TenantId, TimelineId], IoStats | None]
-"""What counts the system calls on the layer files of a timeline; always the same for one."""
-
 DEFAULT_MAX_FILE_DESCRIPTORS: Final = 100
 DEFAULT_MEMORY_LIMIT: Final = 1 << 30
 
 
 def _not_measured(operation: str, timeline: Timeline) -> AbstractContextManager[object]:
     return nullcontext()
-
-
-def _not_counted(tenant_id: TenantId, timeline_id: TimelineId) -> IoStats | None:
-    return None
 
 
 def new_caches(size: int) -> tuple[PageCache, BlockCache]:
@@ -66,7 +59,7 @@ class StoreResources:
     memory: MemoryBudget[Timeline]
     files: Files = FILES
     measure: Measure = _not_measured
-    count_io: CountIo = _not_counted
+    count_io: CountIo = not_counted
 
     @classmethod
     def own(cls, settings: StoreSettings) -> StoreResources:

@@ -34,7 +34,7 @@ from pageserver.layered_repository.errors import (
 )
 from pageserver.layered_repository.files import FILES, Files, temp_path
 from pageserver.layered_repository.inmemory_layer import InMemoryLayer
-from pageserver.layered_repository.io_stats import IoStats
+from pageserver.layered_repository.io_count import CountIo, not_counted
 from pageserver.layered_repository.layer_file import LayerFile
 from pageserver.layered_repository.layer_list import (
     ListedLayer,
@@ -88,8 +88,8 @@ class TimelineDir:
     timeline_id: TimelineId
     files: Files = FILES
     descriptors: DescriptorCache | None = None
-    io: IoStats | None = None
-    """Counts what is read from and written to layer files."""
+    count_io: CountIo = not_counted
+    """Of layer files; asked when there is one."""
 
     # ---- the directory
 
@@ -250,7 +250,7 @@ class TimelineDir:
             self.timeline_id.raw,
             descriptors=self.descriptors,
             size=size,
-            io=self.io,
+            io=self.count_io(self.tenant_id, self.timeline_id),
         )
 
     def new_writer(self, *, compress: bool = False, directory: Path | None = None) -> LayerWriter:
@@ -262,7 +262,7 @@ class TimelineDir:
             self.timeline_id.raw,
             files=self.files,
             compress=compress,
-            io=self.io,
+            io=self.count_io(self.tenant_id, self.timeline_id),
         )
 
     def install(self, finished: Sequence[FinishedLayer]) -> list[LayerFile]:

@@ -52,7 +52,8 @@ def test_cli_errors(zenith_env_builder: ZenithEnvBuilder) -> None:
     fails(code=2)
     unknown = uuid.uuid4().hex
     assert unknown in fails("timeline", "create", "--branch-name", "b", "--tenant-id", unknown)
-    env.zenith_cli.pg_create("main", "twice")
+    # Another environment on this machine may be using the port that would be taken by default.
+    env.zenith_cli.pg_create("main", "twice", port=env.port_distributor.get_port())
     assert "already exists" in fails("pg", "create", "twice")
     env.zenith_cli.pg_start("twice")
     assert "The node is already running" in fails("pg", "start", "twice")

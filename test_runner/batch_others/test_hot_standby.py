@@ -349,7 +349,9 @@ def test_refusals(zenith_env_builder: ZenithEnvBuilder) -> None:
     both = refused("create", "x", "--hot-standby", "--lsn", lsn)
     assert "--hot-standby follows the branch" in both
     env.zenith_cli.create_branch("untouched", "main")
-    nothing = refused("start", "x", "--hot-standby", "--branch-name", "untouched")
+    port = str(env.port_distributor.get_port())
+    new = ["start", "x", "--hot-standby", "--branch-name", "untouched", "--port", port]
+    nothing = refused(*new)
     assert "start a read-write node of the branch first" in nothing
     toucher = env.postgres.create("untouched").start()
     toucher.stop()

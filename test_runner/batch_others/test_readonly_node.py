@@ -13,7 +13,8 @@ from fixtures.zenith_env import ZenithEnv, ZenithEnvBuilder
 
 def refusal(env: ZenithEnv, branch: str, lsn: str) -> str:
     """What is said of a node that cannot be; it is gone afterwards."""
-    create = ["pg", "create", "refused", "--branch-name", branch, "--lsn", lsn]
+    port = str(env.port_distributor.get_port())
+    create = ["pg", "create", "refused", "--branch-name", branch, "--lsn", lsn, "--port", port]
     done = env.zenith_cli.raw_cli(create, check_return_code=False)
     if done.returncode == 0:
         done = env.zenith_cli.raw_cli(["pg", "start", "refused"], check_return_code=False)

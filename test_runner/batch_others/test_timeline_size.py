@@ -105,7 +105,7 @@ def test_size_while_it_changes(zenith_env_builder: ZenithEnvBuilder) -> None:
     """
     zenith_env_builder.num_safekeepers = 1
     env = zenith_env_builder.init_start()
-    pg = env.postgres.create_start("main")
+    pg = env.postgres.create_start("main", config_lines=["autovacuum=off"])
     branch = Branch.of(pg)
     pg.safe_psql("CREATE TABLE foo (t text)")
     start = Sizes.of(pg).kept

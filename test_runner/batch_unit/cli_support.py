@@ -1,4 +1,4 @@
-"""The command line run in this process, on environments made by hand, with servers that pretend"""
+"""The command line run in this process, on environments made by hand, with servers that pretend."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from zenith_utils.auth import AuthError, Claims, PermissionDeniedError, Scope, c
 from zenith_utils.conninfo import redact
 from zenith_utils.ids import TenantId
 from zenith_utils.jwt_tokens import KeyFileError, TokenVerifier
+from zenith_utils.log import LineFormatter
 
 ROOT = Path(__file__).resolve().parents[2]
 EVERYTHING = Claims(Scope.PAGESERVER_API)
@@ -163,6 +165,21 @@ def test_tokens_are_redacted() -> None:
         for text in (good, f"Bearer {good}", f"x postgresql://u:{good}@h:1", f"password='{good}'"):
             assert not any(part in redact(text) for part in good.split("."))
     assert redact("the eyJ of 1.2.3 is none") == "the eyJ of 1.2.3 is none"
+
+
+def test_no_log_line_holds_a_token() -> None:
+    """Whatever is logged: a message, its arguments, the text of an exception."""
+    good = token(OWN)
+    try:
+        raise ValueError(f"cannot use postgresql://u:{good}@h")
+    except ValueError as e:
+        error = e
+    record = logging.LogRecord(
+        "zenith", logging.INFO, "", 1, "got %s", (good,), (ValueError, error, error.__traceback__)
+    )
+    line = LineFormatter().format(record)
+    assert "got ***" in line and "cannot use postgresql://u:***@h" in line
+    assert good not in line
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,20 @@ def test_failed_init_leaves_nothing(
     assert "if an init was killed, remove it" in run(capsys, monkeypatch, "init")[2]
 
 
+def test_init_tells_of_keys_that_mean_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "config"
+    config.write_text("pg_distrib_dir = '/p'\ncolour = 1\n[[safekeepers]]\nid = 1\nport = 5\n")
+    monkeypatch.setenv("ZENITH_REPO_DIR", str(tmp_path / "repo"))
+    status, out, err = run(capsys, monkeypatch, "init", "--config", str(config))
+    assert (status, out) == (1, "")
+    assert err.splitlines()[:2] == [
+        f"ignored, because they mean nothing: colour, safekeepers.port in {config}",
+        "command failed: Failed to create zenith configuration",
+    ]
+
+
 def test_causes_are_rendered() -> None:
     inner, middle, outer = OSError(2, "gone"), KeyError(), ControlPlaneError("top")
     middle.__cause__ = inner

@@ -1,4 +1,4 @@
-"""Shell completion as shells ask for it: names from the environment's files, silence on failure"""
+"""Shell completion as shells ask for it: names from the environment's files, silence on failure."""
 
 from __future__ import annotations
 

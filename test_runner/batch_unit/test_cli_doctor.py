@@ -1,4 +1,4 @@
-"""`zenith doctor`: what it finds on set-ups that are broken in one way, and its exit status"""
+"""`zenith doctor`: what it finds on set-ups that are broken in one way, and its exit status."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import resource
 import shutil
 import socket
 import stat
+import subprocess
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +17,13 @@ from typing import Any
 
 import pytest
 from batch_unit.cli_support import IDS, TENANT, Run, make_env, run
+from batch_unit.cli_support import zenith as process
 
 from control_plane.compute import ComputeControlPlane
 from control_plane.local_env import LocalEnv, default_zenith_distrib_dir, unknown_keys
 from postgres_ffi.distrib import find_distrib
 from zenith_utils.ids import TimelineId
+from zenith_utils.os_user import popen_kwargs
 from zenith_utils.pid_file import PidFile
 
 
@@ -152,12 +156,10 @@ def test_a_daemon_that_takes_no_connections(env: LocalEnv, zenith: Run) -> None:
 @pytest.fixture
 def stranger() -> Iterator[int]:
     """A living process that is no daemon of ours."""
-    import subprocess
-
-    process = subprocess.Popen(["sleep", "600"])
-    yield process.pid
-    process.kill()
-    process.wait()
+    sleeper = subprocess.Popen(["sleep", "600"])
+    yield sleeper.pid
+    sleeper.kill()
+    sleeper.wait()
 
 
 def test_stale_pid_files(env: LocalEnv, zenith: Run, stranger: int) -> None:
@@ -182,8 +184,6 @@ def test_config_keys_that_mean_nothing(env: LocalEnv, zenith: Run) -> None:
 
 
 def test_our_own_keys_mean_something(env: LocalEnv) -> None:
-    import tomllib
-
     env.safekeeper_generation = 3
     env.safekeepers[0].wal_removal = "off"
     assert unknown_keys(tomllib.loads(env.to_toml())) == []
@@ -258,3 +258,25 @@ def test_nodes(env: LocalEnv, zenith: Run) -> None:
     assert found["nodes"]["result"] == "fail"
     assert "settings of node broken" in found["nodes"]["found"]
     assert found["postgres crashed"]["remedy"] == "zenith pg start crashed"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
+def test_an_environment_of_somebody_else(env: LocalEnv) -> None:
+    """Started as another user than its owner; no remedy changes owners of what is above it."""
+    code = [*process("doctor"), "--json"]
+    for repo, found, remedy in (
+        (env.repo_dir, f"{env.repo_dir} is not ours", "run zenith as its owner"),
+        (env.repo_dir / "new", f"{env.repo_dir} is not ours", "choose another place: "),
+    ):
+        done = subprocess.run(
+            code,
+            env={**os.environ, "ZENITH_REPO_DIR": str(repo)},
+            **popen_kwargs(),
+            cwd="/",
+            stdout=subprocess.PIPE,
+            check=False,
+        )
+        assert done.returncode == 1
+        finding = next(f for f in json.loads(done.stdout) if f["check"] == "environment")
+        assert finding["found"].startswith(found)
+        assert finding["remedy"].startswith(remedy)

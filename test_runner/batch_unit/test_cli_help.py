@@ -1,4 +1,4 @@
-"""Help texts: each command says what it does and shows an example; typos are understood"""
+"""Help texts: each command says what it does and shows an example; typos are understood."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""--json of every listing: the documents that programs read, and nothing else on stdout"""
+"""--json of every listing: the documents that programs read, and nothing else on stdout."""
 
 from __future__ import annotations
 

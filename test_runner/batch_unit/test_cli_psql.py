@@ -1,4 +1,4 @@
-"""`zenith psql`: which node it opens, with what arguments, and what it says where none runs"""
+"""`zenith psql`: which node it opens, with what arguments, and what it says where none runs."""
 
 from __future__ import annotations
 
@@ -113,6 +113,16 @@ def test_several_run(env: LocalEnv, running: set[str], node: Make) -> None:
         "several nodes run on branch 'main': a, b. Say which: zenith psql a"
     )
     assert found(env, "b") == "b"
+
+
+def test_a_name_that_another_branch_uses(env: LocalEnv, running: set[str], node: Make) -> None:
+    node("fix", "main")
+    assert refusal(env, "fix").endswith("zenith pg start fix_node --branch-name fix")
+
+
+def test_a_broken_node(env: LocalEnv, running: set[str], node: Make) -> None:
+    (node("broken").pgdata / "postgresql.conf").write_text("port = x\n")
+    assert "cannot read the settings of node broken in " in refusal(env, "broken")
 
 
 def test_unknown_name(env: LocalEnv, running: set[str]) -> None:

@@ -1,14 +1,19 @@
-"""`zenith status`: what it collects, what it warns of, and its exit status"""
+"""`zenith status`: what it collects, what it warns of, and its exit status."""
 
 from __future__ import annotations
 
 import json
+import os
+import pty
+import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from batch_unit.cli_support import IDS, TENANT, Run, make_env, run, serve, timeline
+from batch_unit.cli_support import zenith as zenith_process
 
 from control_plane.compute import Compute, ComputeControlPlane
 from control_plane.local_env import LocalEnv
@@ -260,3 +265,20 @@ def test_several_tenants(alive: object, answers: dict[Any, Any], zenith: Run) ->
     assert status(zenith)[1]["branches"][2]["branch"] is None
     lines = [" ".join(line.split()) for line in zenith("status")[1].splitlines()]
     assert f"{other} [{IDS[4]}] - - 8 KiB 0/40 -" in lines
+
+
+@pytest.mark.parametrize(("settings", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
+def test_colours_are_for_terminals(env: LocalEnv, settings: dict[str, str], coloured: bool) -> None:
+    """Tables are drawn there as well; without colours if they are not wanted."""
+    master, slave = pty.openpty()
+    environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    environment |= {"TERM": "xterm", "COLUMNS": "120", **settings}
+    done = subprocess.run(
+        zenith_process("status"), stdout=slave, stderr=subprocess.PIPE, env=environment, check=False
+    )
+    os.close(slave)
+    shown = os.read(master, 65536).decode()
+    os.close(master)
+    assert (done.returncode, done.stderr) == (3, b"")
+    assert bool(re.search(r"\x1b\[[0-9;]*3[0-7]m", shown)) == coloured
+    assert "─" in shown

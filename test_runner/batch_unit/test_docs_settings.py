@@ -1,4 +1,4 @@
-"""docs/settings.md names every setting there is, and none that there is not."""
+"""docs/settings.md names every setting and failpoint there is, and none that there is not."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from batch_unit.pageserver_support import REPOSITORY
 
 from compute_tools import postgres_conf
 from control_plane.local_env import LocalEnv, PageserverConf, SafekeeperConf
+from pageserver import failpoints
 from pageserver.config import PageServerConf, RemoteStorageConf, parse_config
 from pageserver.tenant_config import TENANT_KEYS
 from safekeeper import main as safekeeper_main
+from zenith_utils.failpoints import Action, Failpoint
 
 # Parts of an object that are no keys of its file, or have another name there.
 NOT_KEYS = {
@@ -134,3 +136,13 @@ def test_environment_variables() -> None:
     public = {name for name in names if not INTERNAL_VARIABLES.fullmatch(name)}
     public -= {"ZENITH_", "S3_"}  # beginnings of names
     assert documented("Environment variables") == public
+
+
+def test_failpoints() -> None:
+    points = [point for point in vars(failpoints).values() if isinstance(point, Failpoint)]
+    text = (REPOSITORY / "docs/settings.md").read_text()
+    failpoint_table, type_table = text.split("\n## Failpoints\n")[1].split("\nAn action is ")
+    assert set(re.findall("^\\| `([^`]+)` ", failpoint_table, re.MULTILINE)) == {
+        point.name for point in points
+    }
+    assert re.findall("^\\| `([a-z]+)", type_table, re.MULTILINE) == [a.value for a in Action]

@@ -120,6 +120,13 @@ def test_reads_and_writes_of_layers_are_counted(root: Root) -> None:
     assert 0 < values(families["pageserver_io_time"], "_sum", "operation")["read"] < 60
 
 
+def test_branches_without_layers_take_no_lines(root: Root) -> None:
+    """The page stays short however many there are."""
+    branch = root.server.create_timeline(root.tenant, ancestor=root.timeline)
+    root.server.local(root.tenant, branch)
+    assert str(branch) not in root.server.metrics()
+
+
 def test_lines_that_scripts_look_for(root: Root) -> None:
     """By regular expressions, so blanks and the order of labels count."""
     text = root.server.metrics()

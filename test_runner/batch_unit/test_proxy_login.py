@@ -7,6 +7,7 @@ import logging
 import socket
 import ssl
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from batch_unit.proxy_support import (
@@ -224,6 +225,36 @@ def test_clients_that_leave(world: World, caplog: pytest.LogCaptureFixture) -> N
     assert not caplog.records
     with world.session():
         pass
+
+
+def connected(world: World, client_port: int) -> bool:
+    """Whether the proxy's end of a client's connection is established, as the kernel sees it."""
+    ends = f"0100007F:{world.port:04X} 0100007F:{client_port:04X} 01"
+    return ends in Path("/proc/net/tcp").read_text()
+
+
+@pytest.mark.parametrize("let_in", [True, False])
+def test_client_that_vanishes_while_the_target_decides(
+    world: World, caplog: pytest.LogCaptureFixture, let_in: bool
+) -> None:
+    """Nobody is there for what the target says then, and its session ends."""
+    with caplog.at_level(logging.ERROR):
+        closed = world.server.traffic.closed
+        client = world.client()
+        client_port = client.sock.getsockname()[1]
+        client.log_in()
+        with world.target() as target:
+            target.read_startup()
+            # While it waits for the target the proxy notices.
+            client.reset()
+            wait_until(lambda: not connected(world, client_port), what="the proxy to notice")
+            if let_in:
+                target.send(AUTHENTICATION_OK + READY + b"early")
+            else:
+                target.send(error_response("no", "28000"))
+            assert target.at_end()
+        wait_until(lambda: world.server.traffic.closed == closed + 1, what="it to be over")
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(

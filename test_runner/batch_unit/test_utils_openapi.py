@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from html.parser import HTMLParser
 from typing import Any
 
@@ -13,6 +13,7 @@ from batch_unit.test_http_conformance import pageserver_document, safekeeper_doc
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pageserver.http.auth import PUBLIC_URIS
 from zenith_utils.http_server import Request, Route
 from zenith_utils.openapi import (
     ApiDescription,
@@ -133,7 +134,55 @@ class Page(HTMLParser):
         self.text += data
 
 
-@pytest.mark.parametrize("document", [pageserver_document(), safekeeper_document()])
+DOCUMENTS = pytest.mark.parametrize(
+    "document", [pageserver_document(), safekeeper_document()], ids=["pageserver", "safekeeper"]
+)
+
+
+def contents(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The schemas of all bodies and answers, with their examples."""
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            parts = [*operation["responses"].values(), operation.get("requestBody", {})]
+            for part in parts:
+                for media in part.get("content", {}).values():
+                    yield f"{method} {path}", media
+            for parameter in operation.get("parameters", []):
+                yield f"{method} {path} {parameter['name']}", parameter
+    for name, response in document["components"]["responses"].items():
+        yield name, response["content"]["application/json"]
+
+
+@DOCUMENTS
+def test_documents_are_openapi(document: dict[str, Any]) -> None:
+    """By the schema of OpenAPI 3.1; and the examples are what the schemas say."""
+    from jsonschema_rs import validator_for
+    from schemathesis.specs.openapi.definitions import OPENAPI_31_VALIDATOR
+
+    OPENAPI_31_VALIDATOR.validate(document)
+    for where, media in contents(document):
+        examples = [example["value"] for example in media.get("examples", {}).values()]
+        examples += [media["example"]] if "example" in media else []
+        validator = validator_for(
+            {"allOf": [media["schema"]], "components": document["components"]}
+        )
+        for example in examples:
+            errors = [error.message for error in validator.iter_errors(example)]
+            assert not errors, (where, errors)
+
+
+def test_what_needs_no_token() -> None:
+    """The document says it of what the server lets everybody see."""
+    public = {
+        path
+        for path, methods in pageserver_document()["paths"].items()
+        for operation in methods.values()
+        if operation.get("security") == []
+    }
+    assert public == PUBLIC_URIS
+
+
+@DOCUMENTS
 def test_pages(document: dict[str, Any]) -> None:
     """Well-formed, complete, and with nothing to be fetched from elsewhere."""
     html = to_html(document)

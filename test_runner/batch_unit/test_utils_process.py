@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ import pytest
 from zenith_utils import os_user
 from zenith_utils.daemonize import AddressError, BindError, bind_listener, parse_address
 from zenith_utils.pid_file import PidFile, PidFileError, is_alive, read_pid_file, running_pid
+from zenith_utils.quick_start import quick_imports
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -253,3 +255,24 @@ def test_names_with_addresses_of_both_kinds(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(socket, "getaddrinfo", both)
     with bind_listener("localhost:0") as sock:
         assert sock.getsockname()[0] == "127.0.0.1"
+
+
+# ---- quick starts ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("certificates", [None, "/etc/some.pem"])
+def test_quick_imports_leave_everything_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, certificates: str | None
+) -> None:
+    """Whatever ends the block: garbage is collected, and the environment is the user's."""
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    if certificates is not None:
+        monkeypatch.setenv("SSL_CERT_FILE", certificates)
+    with pytest.raises(ImportError), quick_imports():
+        assert not gc.isenabled()
+        raise ImportError
+    try:
+        assert gc.isenabled()
+        assert os.environ.get("SSL_CERT_FILE") == certificates
+    finally:
+        gc.unfreeze()
