@@ -24,7 +24,7 @@ from pageserver.pgdatadir_mapping import DatadirTimeline
 from pageserver.time_travel import cutoff_by_time
 from pageserver.walingest import WalIngest
 from pageserver.walreceiver import WalReceiver
-from postgres_ffi.control_file import parse_control_file
+from postgres_ffi.control_file import ControlFile, parse_control_file
 from postgres_ffi.page_checksum import set_checksums
 from postgres_ffi.relfile import RelTag
 from postgres_ffi.versions import PgVersion
@@ -125,7 +125,13 @@ class TimelineHandle:
         self.walreceiver = WalReceiver(self)
         self._wait_lsn_timeout = wait_lsn_timeout
         self._request_checkpoint = request_checkpoint
-        self.control_file = parse_control_file(self.datadir.control_file(timeline.last_record_lsn))
+        # A branch's own would have to be read in its ancestor, and wait for WAL that comes only
+        # when somebody has called for both. What is used of it is the same for both.
+        self.control_file: ControlFile = (
+            parse_control_file(self.datadir.control_file(timeline.last_record_lsn))
+            if ancestor is None
+            else ancestor.control_file
+        )
         self.system_identifier = self.control_file.system_identifier
         self.data_checksums = self.control_file.data_checksums
 

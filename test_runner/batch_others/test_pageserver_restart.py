@@ -135,3 +135,33 @@ def test_catchup_while_compute_down(zenith_env_builder: ZenithEnvBuilder, how: s
     pg.start()
     assert pg.safe_psql("SELECT count(*), count(DISTINCT t) FROM foo") == [(ROWS, ROWS)]
     Branch.of(pg).wait_for(pg)
+
+
+def test_branch_of_wal_that_was_in_memory_only(zenith_env_builder: ZenithEnvBuilder) -> None:
+    """A pageserver that was killed loads a branch before the WAL that it branched from is back.
+
+    Safekeepers call for their timelines one after the other: if the call for a branch waited for
+    its ancestor's WAL, the ancestor's turn would never come, and both would be gone for good.
+    """
+    zenith_env_builder.num_safekeepers = 1
+    zenith_env_builder.pageserver_config_override = "wait_lsn_timeout='5 s'"
+    env = zenith_env_builder.init_start()
+    main = env.postgres.create_start("main")
+    main.safe_psql("CREATE TABLE foo (t text)")
+    main.safe_psql(FILL % (1, ROWS))
+    timeline = env.zenith_cli.create_branch("branch", "main")
+    branch = env.postgres.create_start("branch")
+    branch.safe_psql("INSERT INTO foo VALUES ('on the branch')")
+    env.pageserver.kill()
+    # Nobody brings the WAL of the one or the other for the time being.
+    safekeeper = env.safekeepers[0]
+    safekeeper.stop(immediate=True)
+    env.pageserver.start()
+    ids, source = f"{env.initial_tenant.hex} {timeline.hex}", f"port={safekeeper.port.pg}"
+    assert env.pageserver.safe_psql(f"callmemaybe {ids} host=localhost {source}") == []
+    safekeeper.start()
+    count = "SELECT count(*), count(DISTINCT t) FROM foo"
+    for node, rows in ((branch, ROWS + 1), (main, ROWS)):
+        Branch.of(node).wait_for(node)
+        node.kill()
+        assert node.start().safe_psql(count) == [(rows, rows)]
