@@ -13,8 +13,6 @@ import pytest
 import yaml
 from batch_unit.pageserver_support import REPOSITORY
 from batch_unit.test_http_conformance import pageserver_document, safekeeper_document
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from pageserver.http.auth import PUBLIC_URIS
 from zenith_utils.http_server import Request, Route
@@ -28,23 +26,6 @@ from zenith_utils.openapi import (
 )
 from zenith_utils.openapi_page import to_html
 from zenith_utils.yaml_text import to_yaml
-
-_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(),
-    lambda inner: (
-        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
-    ),
-    max_leaves=12,
-)
-_WORDS = st.sampled_from(
-    ["yes", "null", "1.5", "2026-11-22", "- a", "a: b", "# c", "two\nlines\n", " x", "a\n b", "~"]
-)
-
-
-@settings(derandomize=True, deadline=None, max_examples=200)
-@given(st.dictionaries(st.text(max_size=8) | _WORDS, _VALUES | _WORDS, max_size=5))
-def test_yaml_is_read_back(value: dict[str, Any]) -> None:
-    assert yaml.safe_load(to_yaml(value)) == value
 
 
 def handler(request: Request) -> None:
