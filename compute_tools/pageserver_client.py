@@ -49,14 +49,16 @@ class PageserverClient:
                 f"the pageserver does not have timeline {self._spec.timeline_id}"
             ) from e
 
-    def feedback(self) -> ZenithFeedback:
+    def feedback(self) -> ZenithFeedback | None:
         """What the pageserver has of the timeline, as it reports to a WAL sender that can take it.
 
-        Its LSNs are not above what its size is of.
+        Its LSNs are not above what its size is of. None while it cannot tell the size.
         """
         detail = self._http("GET", "")
         try:
             local, remote = detail["local"], detail["remote"]
+            if local["current_logical_size"] is None:
+                return None
             uploaded = None if remote is None else remote["remote_consistent_lsn"]
             return ZenithFeedback(
                 current_timeline_size=local["current_logical_size"],

@@ -233,7 +233,10 @@ class Supervisor:
 
     def _call_pageserver(self, file: FeedbackFile) -> None:
         self._pageserver.callmemaybe()
-        file.write(self._pageserver.feedback(), feedback_file.NO_LIMIT)
+        feedback = self._pageserver.feedback()
+        # A size that is not known lifts no limit: the last one counts until there is another.
+        if feedback is not None:
+            file.write(feedback, feedback_file.NO_LIMIT)
 
     @contextlib.contextmanager
     def _interruptible(self) -> Iterator[None]:

@@ -1,7 +1,6 @@
 """A Postgres data directory as it was at an LSN, read from a timeline of the value store."""
 
 from collections.abc import Iterator, Sequence
-from threading import Lock
 
 from pageserver import keys
 from pageserver.directories import (
@@ -11,6 +10,7 @@ from pageserver.directories import (
     decode_tablespaces,
 )
 from pageserver.layered_repository.timeline import Timeline, TimelineWriter
+from pageserver.logical_size import EndOfWal, LogicalSize
 from postgres_ffi.control_file import parse_control_file
 from postgres_ffi.page import BLCKSZ, ZERO_PAGE
 from postgres_ffi.relfile import (
@@ -48,8 +48,7 @@ class DatadirTimeline:
         self.timeline = timeline
         self.version = version
         self._sizes: dict[tuple[RelTag, int], int | None] = {}
-        self._size_lock = Lock()
-        self._current_blocks: int | None = None
+        self._logical_size = LogicalSize(timeline, self.logical_size)
 
     # ---- relations
 
@@ -104,13 +103,13 @@ class DatadirTimeline:
         """Bytes of all relation forks, added up."""
         return BLCKSZ * sum(nblocks for _, nblocks in self.relation_sizes(lsn))
 
-    def current_logical_size(self) -> int:
-        """The same at the end of the WAL; counted once, then kept up to date by ingestion."""
-        with self._size_lock:
-            if self._current_blocks is None:
-                size = self.logical_size(self.timeline.last_record_lsn)
-                self._current_blocks = size // BLCKSZ
-            return self._current_blocks * BLCKSZ
+    def current_logical_size(self) -> int | None:
+        """The same at the end of the WAL; see `LogicalSize.current`."""
+        return self._logical_size.current()
+
+    def end_of_wal(self, *, sized: bool = True, recount: bool = False) -> EndOfWal:
+        """Where the WAL ends, and the size there; see `LogicalSize.end_of_wal`."""
+        return self._logical_size.end_of_wal(sized=sized, recount=recount)
 
     def _fork_size(self, rel: RelTag, lsn: int) -> int | None:
         # what was true at an LSN that has been reached never changes
@@ -239,10 +238,8 @@ class DatadirTimeline:
 
     def publish(self, writer: TimelineWriter, lsn: int, prev_lsn: int, grown: int) -> None:
         """Ingestion's `writer.advance`; relations have grown by `grown` blocks since the last."""
-        with self._size_lock:  # whoever counts the size sees all of the batch or nothing
-            writer.advance(lsn, prev_lsn)
-            if self._current_blocks is not None:
-                self._current_blocks += grown
+        self._logical_size.publish(writer, lsn, prev_lsn, grown * BLCKSZ)
+        writer.make_room()
 
     def _pages(self, block_keys: Sequence[bytes], lsn: int) -> list[bytes]:
         pages = []

@@ -294,11 +294,6 @@ class TimelineHandle:
         self.leases.publish_cutoff(wanted, self.timeline.publish_gc_cutoff)
         return Lsn(self.timeline.latest_gc_cutoff_lsn)
 
-    def logical_size(self) -> int:
-        """Bytes of all relation forks at the last record, as ingestion keeps count."""
+    def logical_size(self) -> int | None:
+        """Bytes of all relation forks at the last record; see DatadirTimeline."""
         return self.datadir.current_logical_size()
-
-    def count_logical_size(self, lsn: Lsn) -> int:
-        """The same at any LSN, counted from the relation sizes. Raises LsnNotReadableError."""
-        with self.reading(lsn):
-            return self.datadir.logical_size(lsn)

@@ -223,7 +223,7 @@ class WalStream:
         now = postgres_timestamp()
         if self._source.is_safekeeper:
             feedback = ZenithFeedback(
-                current_timeline_size=self._handle.logical_size(),
+                current_timeline_size=self._handle.logical_size() or 0,
                 ps_writelsn=self.received,
                 ps_flushlsn=flush,
                 ps_applylsn=0,

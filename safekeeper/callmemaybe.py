@@ -4,6 +4,10 @@ A subscription is a timeline with its pageserver's connection string, which may 
 lets us in. A pageserver itself knows and names that string without it. While no stream of the
 timeline runs, the pageserver is asked every period to start one. One connection carries the calls
 for many timelines, so a pageserver that is down costs one attempt per period and no more.
+
+A call that gets no answer breaks the connection, and those behind it are not made. These go first
+in the next one, a period later; the timeline whose call it was pauses like one that was refused,
+and then has its turn behind all others, so that no call of theirs is lost to it again.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from typing import Final
 from zenith_utils.conninfo import ConninfoError, redact, without_password
 from zenith_utils.ids import TenantTimelineId
 from zenith_utils.lsn import Lsn, LsnParseError
-from zenith_utils.pq_client import PqConnection, PqConnectionLost, PqError, connect_conninfo
+from zenith_utils.pq_client import PqConnection, PqError, connect_conninfo
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +33,24 @@ _PARALLEL_CALLS: Final = 4
 # Calls of one connection, which goes on to the next timeline when it has been answered: a timeline
 # that is new here waits for no more than these.
 _BATCH: Final = 64
-# A pageserver that answers and refuses a timeline is asked again later and later, up to this.
+# A pageserver that refuses a timeline, or does not answer, is asked again later and later, up to
+# this.
 _MAX_PAUSE: Final = 30.0
 
-Refusals = dict[TenantTimelineId, str]
-Call = Callable[[str, Sequence[TenantTimelineId], tuple[str, int]], Refusals]
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What came of the calls of one connection, which were made in the order given."""
+
+    answered: int
+    """Number of timelines at the begin that were answered, whatever the answer."""
+    refusals: dict[TenantTimelineId, str] = field(default_factory=dict)
+    """The errors of those that were refused."""
+    broken: str = ""
+    """Why the call of the next timeline was the last one of the connection; "" if none was left."""
+
+
+Call = Callable[[str, Sequence[TenantTimelineId], tuple[str, int]], Answers]
 Report = Callable[[TenantTimelineId, str, int, int], None]
 """Called with a timeline, its pageserver, and the LSNs of Timeline.delivered()."""
 
@@ -43,18 +60,18 @@ def call_pageserver(
     timeline_ids: Sequence[TenantTimelineId],
     listen: tuple[str, int],
     report: Report | None = None,
-) -> Refusals:
-    """Ask the pageserver at `connstr` to stream the timelines from us.
+) -> Answers:
+    """Ask the pageserver at `connstr` to stream the timelines from us, one after the other.
 
     It streams from one safekeeper only: the others learn here how far it is, for `report`.
-    Returns its errors by timeline. Raises PqConnectionLost when it cannot be reached or leaves,
-    PqError when it refuses the connection, ConninfoError.
+    Raises PqConnectionLost when it cannot be reached, PqError when it refuses the connection,
+    ConninfoError, and what `report` raises.
     """
     host, port = listen
     pageserver = without_password(connstr)
-    refusals: Refusals = {}
+    refusals: dict[TenantTimelineId, str] = {}
     with connect_conninfo(connstr, timeout=_CONNECT_TIMEOUT) as conn:
-        for timeline_id in timeline_ids:
+        for number, timeline_id in enumerate(timeline_ids):
             tenant, timeline = timeline_id
             back = (
                 f"host={host} port={port} options='-c ztimelineid={timeline} ztenantid={tenant} "
@@ -66,17 +83,21 @@ def call_pageserver(
                 )
                 if report is not None:
                     report(timeline_id, pageserver, *_position(conn, timeline_id))
-            except PqConnectionLost:
-                raise
-            except (PqError, LsnParseError) as e:
+            except PqError as e:
+                if e.severity in ("FATAL", "PANIC"):
+                    return Answers(number, refusals, str(e))
                 refusals[timeline_id] = str(e)
-    return refusals
+            except LsnParseError as e:
+                refusals[timeline_id] = str(e)
+    return Answers(len(timeline_ids), refusals)
 
 
 def _position(conn: PqConnection, timeline_id: TenantTimelineId) -> tuple[int, int]:
     """Up to where a pageserver has WAL: on its disk, and in its remote storage."""
     tenant, timeline = timeline_id
     rows = conn.simple_query(f"wal_position {tenant} {timeline}", timeout=_CONNECT_TIMEOUT)
+    if [len(row) for row in rows] != [2]:
+        raise PqError("ERROR", "08P01", f"wal_position is answered with {rows!r}")
     disk, remote = ((field or b"").decode(errors="replace") for field in rows[0])
     return Lsn.parse(disk), Lsn.parse(remote)
 
@@ -87,7 +108,9 @@ class _Subscription:
     streams: int = 0
     due: float = 0.0
     pause: float = 0.0
-    """Seconds to the next call after a refusal, 0 after any other answer."""
+    """Seconds to the next call after a refusal or none at all, 0 after any other answer."""
+    hung: bool = False
+    """Whether the last call broke the connection."""
 
     @property
     def pageserver(self) -> str:
@@ -100,6 +123,8 @@ class _Pageserver:
     waiting: dict[TenantTimelineId, _Subscription] = field(default_factory=dict)
     """Subscriptions without a stream: those to be called."""
     calling: bool = False
+    resume: float = 0.0
+    """No connection before, as the last one failed or broke."""
     error: str = ""
     """Why it could not be reached last time."""
 
@@ -152,6 +177,8 @@ class CallMeMaybe:
             subscription = _Subscription(connstr, streams)
             self._subscriptions[timeline_id] = subscription
             self._schedule(timeline_id, subscription)
+            if streams == 0:
+                self._pageservers[connstr].resume = 0.0
         logger.info("timeline %s: calling pageserver %s", timeline_id, redact(connstr))
 
     def unsubscribe(
@@ -206,8 +233,21 @@ class CallMeMaybe:
                 del self._pageservers[connstr]
 
     def _next_batch(self, pageserver: _Pageserver) -> list[tuple[TenantTimelineId, _Subscription]]:
-        """The subscriptions to be called next, those that have waited longest."""
-        return heapq.nsmallest(_BATCH, pageserver.waiting.items(), key=lambda item: item[1].due)
+        """The subscriptions to be called next, those that have waited longest.
+
+        One that has broken a connection comes last, and never two of them: so it costs nobody else
+        a call, and each of them gets its turn.
+        """
+
+        def due(item: tuple[TenantTimelineId, _Subscription]) -> float:
+            return item[1].due
+
+        waiting = pageserver.waiting.items()
+        hung = min((item for item in waiting if item[1].hung), key=due, default=None)
+        sound = (item for item in waiting if not item[1].hung)
+        if hung is None:
+            return heapq.nsmallest(_BATCH, sound, key=due)
+        return [*heapq.nsmallest(_BATCH - 1, sound, key=due), hung]
 
     # ---- the threads
 
@@ -220,14 +260,15 @@ class CallMeMaybe:
                     if pageserver.calling:
                         continue
                     batch = self._next_batch(pageserver)
-                    due = [item for item in batch if item[1].due <= now]
+                    due = [item for item in batch if max(item[1].due, pageserver.resume) <= now]
                     if due:
                         pageserver.calling = True
                         # Now, not at its end: a timeline may be given up while it is called.
                         self._calls += len(due)
                         self._pool.submit(self._call_once, connstr, pageserver, due)
                     elif batch:
-                        left = batch[0][1].due - now
+                        first = min(subscription.due for _, subscription in batch)
+                        left = max(first, pageserver.resume) - now
                         wait = left if wait is None else min(wait, left)
                 self._changed.wait(wait)
 
@@ -238,10 +279,10 @@ class CallMeMaybe:
         batch: Sequence[tuple[TenantTimelineId, _Subscription]],
     ) -> None:
         error = ""
-        refusals: Refusals = {}
+        answers = Answers(0)
         try:
             timeline_ids = [timeline_id for timeline_id, _ in batch]
-            refusals = self._call(connstr, timeline_ids, self._listen)
+            answers = self._call(connstr, timeline_ids, self._listen)
         except (PqError, ConninfoError, OSError) as e:
             error = redact(str(e)) or type(e).__name__
         except Exception as e:
@@ -250,13 +291,16 @@ class CallMeMaybe:
         with self._changed:
             self._report(connstr, pageserver, error)
             now = time.monotonic()
-            if error:
-                # Nobody there: none of its timelines needs another attempt before a period is over.
-                for subscription in pageserver.waiting.values():
-                    subscription.due = max(subscription.due, now + self._period)
-            for timeline_id, subscription in batch:
-                refusal = refusals.get(timeline_id)
-                self._set_due(timeline_id, subscription, refusal, now)
+            if error or answers.broken:
+                # Those that were not reached have waited longest then, and stay due.
+                pageserver.resume = now + self._period
+            for timeline_id, subscription in batch[: answers.answered]:
+                subscription.hung = False
+                self._set_due(timeline_id, subscription, answers.refusals.get(timeline_id), now)
+            if answers.broken:
+                timeline_id, subscription = batch[answers.answered]
+                subscription.hung = True
+                self._set_due(timeline_id, subscription, answers.broken, now)
             pageserver.calling = False
             if not pageserver.waiting:
                 del self._pageservers[connstr]
@@ -275,8 +319,9 @@ class CallMeMaybe:
             return
         if not subscription.pause:
             logger.warning(
-                "timeline %s: pageserver %s refuses callmemaybe: %s",
-                timeline_id, redact(subscription.connstr), redact(refusal),
+                "timeline %s: pageserver %s %s callmemaybe: %s",
+                timeline_id, redact(subscription.connstr),
+                "does not answer" if subscription.hung else "refuses", redact(refusal),
             )  # fmt: skip
         subscription.pause = min(max(subscription.pause * 2, self._period), _MAX_PAUSE)
         subscription.due = now + subscription.pause

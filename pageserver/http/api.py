@@ -245,24 +245,24 @@ class PageserverApi:
 
 
 def describe(handle: TimelineHandle, *, sized: bool = True, recount: bool = False) -> Json:
-    """TimelineInfo of a loaded timeline.
+    """TimelineInfo of a loaded timeline; what takes WAL that has not arrived is left out.
 
     ``sized``: with its logical size, which is counted once; ``recount``: with that counted afresh.
     """
     timeline = handle.timeline
-    last_record_lsn = Lsn(timeline.last_record_lsn)
+    # First: nothing is durable that is not ingested.
+    disk_consistent_lsn = Lsn(timeline.disk_consistent_lsn)
+    end = handle.datadir.end_of_wal(sized=sized, recount=recount)
     ancestor_id = timeline.ancestor_id
     local = {
         "ancestor_timeline_id": None if ancestor_id is None else str(ancestor_id),
         "ancestor_lsn": None if ancestor_id is None else str(Lsn(timeline.ancestor_lsn)),
         "initdb_lsn": str(timeline.initdb_lsn),
-        "last_record_lsn": str(last_record_lsn),
-        "prev_record_lsn": str(Lsn(timeline.prev_record_lsn)),
-        "disk_consistent_lsn": str(Lsn(timeline.disk_consistent_lsn)),
-        "current_logical_size": handle.logical_size() if sized else None,
-        "current_logical_size_non_incremental": (
-            handle.count_logical_size(last_record_lsn) if recount else None
-        ),
+        "last_record_lsn": str(end.last_record_lsn),
+        "prev_record_lsn": str(end.prev_record_lsn),
+        "disk_consistent_lsn": str(disk_consistent_lsn),
+        "current_logical_size": end.logical_size,
+        "current_logical_size_non_incremental": end.recounted,
         "timeline_state": "Loaded",
     }
     return _info(handle.tenant_id, handle.timeline_id, local)

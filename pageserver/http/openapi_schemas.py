@@ -93,11 +93,14 @@ def _timeline_schemas() -> dict[str, Json]:
             disk_consistent_lsn={**lsn, "description": "All WAL up to here is on disk."},
             current_logical_size={
                 **nullable(size),
-                "description": "Bytes of all relations; null in the answer to creating a branch.",
+                "description": "Bytes of all relations at `last_record_lsn`; null in the answer to "
+                "creating a branch, and while it is not known and counting would have to wait for "
+                "WAL of the ancestor, which a restart has lost from memory.",
             },
             current_logical_size_non_incremental={
                 **nullable(size),
-                "description": "The same counted from scratch, if that was asked for.",
+                "description": "The same, at the same LSN, counted from scratch if that was asked "
+                "for; null wherever the other one is.",
             },
             timeline_state={"type": "string", "enum": ["Loaded", "Unloaded"]},
         ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 
 from pageserver.layered_repository import collector, reader
@@ -38,7 +39,19 @@ from pageserver.layered_repository.timeline_writer import (
 from zenith_utils.ids import TimelineId
 from zenith_utils.lsn import Lsn, lsn_text
 
-__all__ = ["Timeline", "TimelineWriter"]
+__all__ = ["Timeline", "TimelineWriter", "without_waiting"]
+
+_may_wait: ContextVar[bool] = ContextVar("_may_wait", default=True)
+
+
+@contextmanager
+def without_waiting() -> Iterator[None]:
+    """Reads of this thread raise WaitLsnTimeout where they would wait for WAL of an ancestor."""
+    token = _may_wait.set(False)
+    try:
+        yield
+    finally:
+        _may_wait.reset(token)
 
 
 class Timeline:
@@ -121,9 +134,9 @@ class Timeline:
     def wait_lsn(self, lsn: int, timeout: float) -> None:
         """Wait until everything up to `lsn` can be read. The writing thread must not call this.
 
-        Raises WaitLsnTimeout after `timeout` seconds, TimelineStopped.
+        Raises WaitLsnTimeout after `timeout` seconds (at once `without_waiting`), TimelineStopped.
         """
-        if self.position.wait(lsn, timeout):
+        if self.position.wait(lsn, timeout if _may_wait.get() else 0.0):
             return
         self.check_running()
         raise WaitLsnTimeout(

@@ -85,8 +85,8 @@ class WriteAccess:
             finally:
                 self._lock.release()
 
-    def advance(self, lsn: int, prev_lsn: int) -> None:
-        """End a batch; see TimelineWriter.advance."""
+    def publish(self, lsn: int, prev_lsn: int) -> None:
+        """End a batch; see TimelineWriter.publish."""
         timeline = self._timeline
         open_layer = timeline.view.open
         check_aligned(lsn)
@@ -99,7 +99,11 @@ class WriteAccess:
         timeline.check_running()
         open_layer.publish(lsn)
         timeline.position.advance(lsn, prev_lsn)
-        if self._is_full(open_layer):
+
+    def make_room(self) -> None:
+        """After a batch; see TimelineWriter.make_room."""
+        timeline = self._timeline
+        if self._is_full(timeline.view.open):
             self._freeze()
             timeline.layer_set.wait_for_flush(lambda: timeline.settings.max_frozen_layers)
         self._keep_to_budget()
@@ -153,7 +157,7 @@ class TimelineWriter:
     __slots__ = ("_access", "open_layer")
 
     open_layer: InMemoryLayer
-    """Where native code puts values; read it again after every `advance`."""
+    """Where native code puts values; read it again after every `make_room`."""
 
     def __init__(self, access: WriteAccess) -> None:
         self._access = access
@@ -186,13 +190,25 @@ class TimelineWriter:
         self.open_layer.delete_range(start, end, lsn)
 
     def advance(self, lsn: int, prev_lsn: int) -> None:
+        """`publish`, then `make_room`."""
+        self.publish(lsn, prev_lsn)
+        self.make_room()
+
+    def publish(self, lsn: int, prev_lsn: int) -> None:
         """End an atomic batch: all of it becomes visible, waiters for an LSN wake up.
 
-        `lsn` is the end of the last record of the batch, `prev_lsn` its start (0: not known). May
-        freeze the open layer, and waits while the flush is too far behind. Raises ValueError for
-        an LSN that goes back or is not a multiple of 8, TimelineStopped.
+        `lsn` is the end of the last record of the batch, `prev_lsn` its start (0: not known). Does
+        not wait; `make_room` has to follow. Raises ValueError for an LSN that goes back or is not
+        a multiple of 8, TimelineStopped.
         """
-        self._access.advance(lsn, prev_lsn)
+        self._access.publish(lsn, prev_lsn)
+
+    def make_room(self) -> None:
+        """Between two batches: freeze the open layer if it is full.
+
+        Waits while the flush is too far behind.
+        """
+        self._access.make_room()
         self.open_layer = self._access.open_layer
 
 

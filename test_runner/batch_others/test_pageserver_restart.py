@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 from collections.abc import Iterator
 
@@ -162,6 +163,14 @@ def test_branch_of_wal_that_was_in_memory_only(zenith_env_builder: ZenithEnvBuil
     env.pageserver.start()
     ids, source = f"{env.initial_tenant.hex} {timeline.hex}", f"port={safekeeper.port.pg}"
     assert env.pageserver.safe_psql(f"callmemaybe {ids} host=localhost {source}") == []
+    # What is known is told all the same, without the size; nobody waits for more.
+    client = env.pageserver.http_client()
+    local = client.timeline_detail(env.initial_tenant, timeline)["local"]
+    assert local["current_logical_size"] is local["current_logical_size_non_incremental"] is None
+    listed = json.loads(env.zenith_cli.raw_cli(["timeline", "list", "--json"]).stdout)
+    assert {info["branch"]: info["logical_size"] is None for info in listed}["branch"]
+    nodes = json.loads(env.zenith_cli.raw_cli(["pg", "list", "--json"]).stdout)
+    assert {node["last_record_lsn"] for node in nodes} >= {local["last_record_lsn"]}
     safekeeper.start()
     count = "SELECT count(*), count(DISTINCT t) FROM foo"
     for node, rows in ((branch, ROWS + 1), (main, ROWS)):

@@ -74,6 +74,16 @@ def test_timelines(env: LocalEnv, zenith: Run, monkeypatch: pytest.MonkeyPatch) 
     assert (third["branch"], third["ancestor_branch"]) == (None, "fix")
 
 
+def test_a_size_that_is_not_known(
+    env: LocalEnv, zenith: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve(monkeypatch, {(1, TIMELINES): [timeline(0), timeline(1, 0, current_logical_size=None)]})
+    listed = document(zenith("timeline", "list", "--json"))
+    assert [info["logical_size"] for info in listed] == [8192, None]
+    code, out, err = zenith("timeline", "list")
+    assert (code, err, len(out.splitlines())) == (0, "", 2)
+
+
 def test_no_timelines(env: LocalEnv, zenith: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     serve(monkeypatch, {(1, TIMELINES): []})
     assert document(zenith("timeline", "list", "--json")) == []

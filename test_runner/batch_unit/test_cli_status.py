@@ -134,6 +134,18 @@ def test_text_in_a_pipe_is_plain(alive: object, zenith: Run) -> None:
     assert "main 0/40 0/40 0/40 0/40" in lines
 
 
+def test_a_size_that_is_not_known(
+    alive: object, zenith: Run, answers: dict[tuple[int, str], Any]
+) -> None:
+    """The pageserver cannot tell it as long as WAL of the ancestor is missing."""
+    answers[1, TIMELINES] = [timeline(0), timeline(1, 0, current_logical_size=None)]
+    code, document, warnings = status(zenith)
+    assert (code, warnings) == (0, [])
+    assert [branch["logical_size"] for branch in document["branches"]] == [None, 8192]
+    lines = [" ".join(line.split()) for line in zenith("status")[1].splitlines()]
+    assert "fix main 0/20 - 0/40 -" in lines
+
+
 def test_nothing_runs(zenith: Run) -> None:
     code, document, warnings = status(zenith)
     assert (code, warnings) == (3, ["nothing runs: zenith start"])

@@ -16,7 +16,7 @@ import pytest
 import requests
 from batch_unit.walproposer_support import ROOT, Safekeeper, wait_until
 
-from safekeeper.callmemaybe import CallMeMaybe
+from safekeeper.callmemaybe import Answers, CallMeMaybe
 from zenith_utils.daemonize import bind_listener
 from zenith_utils.ids import TenantId, TenantTimelineId, TimelineId
 from zenith_utils.pq_client import PqConnectionLost, PqError, connect
@@ -161,14 +161,15 @@ class Calls:
 
     def __call__(
         self, connstr: str, timeline_ids: Sequence[TenantTimelineId], listen: Any
-    ) -> dict[TenantTimelineId, str]:
+    ) -> Answers:
         """Record a call."""
         with self.changed:
             self.attempts.append((connstr, len(timeline_ids)))
             if connstr in self.down:
                 raise PqConnectionLost("connection refused")
             self.made += [connstr] * len(timeline_ids)
-            return {t: "no such timeline" for t in timeline_ids if t in self.refused}
+            refusals = {t: "no such timeline" for t in timeline_ids if t in self.refused}
+            return Answers(len(timeline_ids), refusals)
 
     def count(self, connstr: str) -> int:
         """How often a pageserver was called."""

@@ -14,7 +14,7 @@ from batch_unit.auth_tokens import MANAGEMENT, OWN, token
 from batch_unit.walproposer_support import Safekeeper, wait_until
 
 from safekeeper import delivery
-from safekeeper.callmemaybe import CallMeMaybe, call_pageserver
+from safekeeper.callmemaybe import Answers, CallMeMaybe, call_pageserver
 from safekeeper.delivery import Delivery
 from safekeeper.metrics import SafekeeperMetrics
 from safekeeper.timeline import Timeline
@@ -111,9 +111,9 @@ def test_a_new_token_is_no_other_pageserver() -> None:
     """A stream that runs goes on to count, and the next call is made with the new token."""
     made: list[str] = []
 
-    def call(target: str, timelines: Sequence[TenantTimelineId], listen: Any) -> dict[Any, str]:
+    def call(target: str, timelines: Sequence[TenantTimelineId], listen: Any) -> Answers:
         made.append(target)
-        return {}
+        return Answers(len(timelines))
 
     other = TenantTimelineId(TIMELINE.tenant_id, TimelineId(bytes(16)))
     caller = CallMeMaybe(("127.0.0.1", 1), 0.02, call)
