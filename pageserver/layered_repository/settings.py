@@ -27,7 +27,7 @@ class StoreSettings:
     compaction_target_size: bytes of a file that a merge writes, 0 for checkpoint_distance.
     image_creation_threshold: deltas over a key range since its last image that call for a new one.
     image_part_keys: keys in an image layer, about.
-    compress_layers: compress what compaction writes.
+    compress_layers: compress what compaction writes, and the image that a timeline begins with.
     compaction_retry_interval: seconds without compaction of a timeline after one that failed;
         twice as long after each further failure, up to 64 times.
     """

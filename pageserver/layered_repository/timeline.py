@@ -219,7 +219,7 @@ class Timeline:
         With this the timeline appears on disk, whole and durable; if it fails nothing is there and
         it may be tried again. `lsn` becomes last_record_lsn and disk_consistent_lsn, `prev_lsn` the
         start of the last record. Raises ValueError if the timeline is not empty or the keys do not
-        ascend, OSError, and what `items` raises.
+        ascend, OSError, ZstdUnavailable, and what `items` raises.
         """
         with self._write_access:
             if self.last_record_lsn:
@@ -232,7 +232,10 @@ class Timeline:
                 metadata = replace(
                     self.metadata.current, disk_consistent_lsn=lsn, prev_record_lsn=prev_lsn
                 )
-                metadata, layer = self.directory.create_with_image(metadata, lsn, items)
+                # Its size is also what compaction takes for that of the images that follow.
+                metadata, layer = self.directory.create_with_image(
+                    metadata, lsn, items, compress=self.settings.compress_layers
+                )
                 layers.append(layer)
                 return metadata
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -102,20 +102,27 @@ class TimelineDir:
         self._create(metadata, None)
 
     def create_with_image(
-        self, metadata: TimelineMetadata, lsn: int, items: Iterable[tuple[bytes, bytes]]
+        self,
+        metadata: TimelineMetadata,
+        lsn: int,
+        items: Iterable[tuple[bytes, bytes]],
+        *,
+        compress: bool = False,
     ) -> tuple[TimelineMetadata, LayerFile]:
         """The same with an image layer of (key, data) pairs in key order at `lsn`.
 
         Returns the metadata with the list that has the layer, and the layer.
         """
-        created, finished = self._create(metadata, (lsn, items))
+        created, finished = self._create(
+            metadata, lambda directory: self._write_image(directory, lsn, items, compress=compress)
+        )
         assert finished is not None
         return created, self.layer(finished.name, finished.size)
 
     def _create(
         self,
         metadata: TimelineMetadata,
-        image: tuple[int, Iterable[tuple[bytes, bytes]]] | None,
+        write_image: Callable[[Path], FinishedLayer] | None,
     ) -> tuple[TimelineMetadata, FinishedLayer | None]:
         """Files, then their names, then the name of the directory become durable."""
         temp = self._temp_path()
@@ -124,8 +131,8 @@ class TimelineDir:
         self.files.mkdir(temp)
         finished = None
         try:
-            if image is not None:
-                finished = self._write_image(temp, *image)
+            if write_image is not None:
+                finished = write_image(temp)
                 metadata, data = self._list_layers(metadata, _FIRST_LIST, [finished])
                 self.files.write_file(temp / list_name(_FIRST_LIST), data)
             # Its fsync of the directory comes after the names of the image and the list.
@@ -331,9 +338,14 @@ class TimelineDir:
         return FinishedLayer.of(writer, name)
 
     def _write_image(
-        self, directory: Path, lsn: int, items: Iterable[tuple[bytes, bytes]]
+        self,
+        directory: Path,
+        lsn: int,
+        items: Iterable[tuple[bytes, bytes]],
+        *,
+        compress: bool,
     ) -> FinishedLayer:
-        writer = self.new_writer(directory=directory)
+        writer = self.new_writer(compress=compress, directory=directory)
         try:
             for key, data in items:
                 writer.add(key, lsn, _FLAGS_IMAGE, data)

@@ -30,17 +30,6 @@ def spawn(env: ZenithEnv, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def supervisors(pg: Postgres) -> list[int]:
-    """Processes that were started with the node's specification."""
-    wanted = f"--spec={pg.state_dir()}/spec.json".encode()
-    found = []
-    for process in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if process.name.isdigit() and wanted in (process / "cmdline").read_bytes().split(b"\0"):
-                found.append(int(process.name))
-    return found
-
-
 def servers(pg: Postgres) -> list[int]:
     """Processes that work in the node's data directory."""
     found = []
@@ -68,7 +57,7 @@ def test_supervisor_killed_while_starting(zenith_env_builder: ZenithEnvBuilder) 
     rng = random.Random(7)
     for _ in range(12):
         start = spawn(env, "pg", "start", str(pg.node_name))
-        found = wait_until(lambda: supervisors(pg), what="the supervisor to appear")
+        found = wait_until(lambda: pg.supervisor_pids(), what="the supervisor to appear")
         time.sleep(rng.uniform(0, 0.6))  # the moment of the kill
         with contextlib.suppress(ProcessLookupError):
             os.kill(found[0], signal.SIGKILL)
@@ -124,6 +113,26 @@ def test_stop_while_starting(zenith_env_builder: ZenithEnvBuilder) -> None:
     env.safekeepers[0].start()
     env.safekeepers[1].start()
     assert pg.create("main", name).start().safe_psql("SELECT 1") == [(1,)]
+
+
+def test_teardown_while_starting(zenith_env_builder: ZenithEnvBuilder) -> None:
+    """The end of a test ends a node that waits for its safekeepers, and so has no server yet.
+
+    It would go on for a minute, beside the tests that follow and on their ports.
+    """
+    zenith_env_builder.num_safekeepers = 3
+    env = zenith_env_builder.init_start()
+    pg = env.postgres.create("main")
+    for safekeeper in env.safekeepers[1:]:
+        safekeeper.kill()
+    start = spawn(env, "pg", "start", str(pg.node_name))
+    wait_until(lambda: pg.status() == "starting", what="the start to begin")
+    env.postgres.stop_all_immediately()
+    assert not pg.supervisor_pids()
+    assert pg.status() == "stopped"
+    _, err = start.communicate(timeout=10)
+    assert start.returncode == 1
+    assert "stopped while starting" in err
 
 
 def test_stop_without_quorum(zenith_env_builder: ZenithEnvBuilder) -> None:

@@ -17,6 +17,7 @@ from batch_unit.pageserver_support import (
     template_files,
     wait_until,
 )
+from fixtures.utils import process_exists
 
 from postgres_ffi.distrib import PgDistrib, find_distrib
 from postgres_ffi.relfile import RelTag
@@ -105,4 +106,4 @@ def test_init_with_a_timeline_and_daemon(scratch: Path) -> None:
         assert second.returncode == 1
     finally:
         os.kill(pid, signal.SIGTERM)
-    wait_until(lambda: not Path(f"/proc/{pid}").exists(), "the daemon to end")
+    wait_until(lambda: not process_exists(pid), "the daemon to end")

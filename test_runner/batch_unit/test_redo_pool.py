@@ -22,6 +22,7 @@ from batch_unit.redo_pools import (
     processes,
     wait_until,
 )
+from fixtures.utils import process_exists
 
 from pageserver.walredo import RedoRequest, WalRedoClosedError, WalRedoError, WalRedoPool
 from postgres_ffi.distrib import PgDistrib
@@ -246,14 +247,6 @@ def test_processes_end_with_the_pageserver(control_file: bytes) -> None:
     )
     assert result.returncode == -signal.SIGKILL, result.stderr
     pid = int(result.stdout)
-    wait_until(lambda: not running(pid))
+    wait_until(lambda: not process_exists(pid))
     assert not list((root / "work").iterdir())
     shutil.rmtree(root)
-
-
-def running(pid: int) -> bool:
-    """Whether the process still runs; one that nobody has reaped does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False

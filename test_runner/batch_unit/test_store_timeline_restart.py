@@ -97,6 +97,23 @@ def test_a_crash_in_the_import_leaves_nothing(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path.with_name("crashed"))
 
 
+@pytest.mark.parametrize("compress", [True, False])
+def test_the_import_is_compressed_as_set(tmp_path: Path, compress: bool) -> None:
+    """A timeline's first image is on disk for as long as anybody reads the state at its LSN.
+
+    And its size is taken for that of the images to come: too large a one would keep garbage.
+    """
+    values = {key(number): (b"%d " % number) * 1000 for number in range(100)}
+    with opened(tmp_path, compress_layers=compress) as repository:
+        timeline = repository.create_timeline(MAIN, initdb_lsn=16)
+        timeline.import_image_layer(16, sorted(values.items()))
+        (layer,) = timeline.view.layers
+        assert (layer.size < sum(map(len, values.values())) / 10) == compress
+    with opened(tmp_path) as repository:
+        timeline = repository.timeline(MAIN)
+        assert {name: timeline.get(name, 16) for name in values} == values
+
+
 def test_a_crash_in_any_step_of_a_flush(tmp_path: Path) -> None:
     crash = CrashFiles(tmp_path / "store", tmp_path / "crashed")
     repository = open_repository(tmp_path / "store", with_files(crash))

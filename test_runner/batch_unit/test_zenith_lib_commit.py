@@ -15,6 +15,7 @@ import psycopg2
 import psycopg2.extensions
 import pytest
 from batch_unit.lazyfiles_support import PORT, Postgres, initdb, server_directory, wait_for
+from fixtures.utils import process_exists
 
 from pgxn.build import build_module
 from postgres_ffi.distrib import find_distrib
@@ -225,7 +226,7 @@ def test_death_of_the_postmaster_ends_a_cancelled_commit(primary: Primary) -> No
         pid = statement.pid
         primary.postgres.stop(signal.SIGKILL)
         assert isinstance(statement.join(), psycopg2.OperationalError)
-        wait_for(lambda: not Path(f"/proc/{pid}").exists(), "the backend to end")
+        wait_for(lambda: not process_exists(pid), "the backend to end")
     _wait_for_children_to_end(primary.postgres)
 
 
