@@ -146,11 +146,7 @@ def stop_mode_option(function: _Function) -> _Function:
 
 def render_error(error: BaseException) -> str:
     """`command failed: …`, or `Error: …` where no command was begun, and the chain of causes."""
-    lines = [f"{'Error' if isinstance(error, ConfigError) else 'command failed'}: {error}"]
-    cause, number = error.__cause__, 0
-    if cause is not None:
-        lines += ["", "Caused by:"]
-    while cause is not None:
-        lines.append(f"    {number}: {str(cause) or repr(cause)}")
-        cause, number = cause.__cause__, number + 1
-    return "\n".join(lines)
+    from zenith_utils import errors
+
+    begun = not isinstance(error, ConfigError)
+    return errors.render_error(error, "command failed: " if begun else "Error: ")

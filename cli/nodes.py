@@ -58,7 +58,7 @@ def pg() -> None:
     shell_complete=complete_branches,
     help="Branch it opens.",
 )
-@click.option("--lsn", help=_LSN_HELP)
+@click.option("--lsn", metavar="LSN", help=_LSN_HELP)
 @at_option(_AT_HELP)
 @click.option("--hot-standby", is_flag=True, help=_STANDBY_HELP)
 @click.option("--port", type=_PORT, help="Port; default: the next free one from 55432.")
@@ -111,7 +111,7 @@ def pg_create(
     help="Branch of a new node; default: main.",
 )
 @click.option("--timeline-id", type=TIMELINE_ID, hidden=True)
-@click.option("--lsn", help=_LSN_HELP)
+@click.option("--lsn", metavar="LSN", help=_LSN_HELP)
 @at_option(_AT_HELP)
 @click.option("--hot-standby", is_flag=True, help=_STANDBY_HELP)
 @click.option("--port", type=_PORT, help="Port of a new node; default: the next free one.")

@@ -240,7 +240,10 @@ def _carry_out(env: LocalEnv, change: Change) -> None:
         settle(env, say)
     if change.running_nodes:
         say("these nodes go on with the safekeepers of before: stop and start each of them")
-        for name in change.running_nodes:
+        for node in change.running_nodes:
+            name = node.name
+            if node.tenant_id != env.default_tenant_id:
+                name += f" --tenant-id {node.tenant_id}"
             say(f"    zenith pg stop {name}; zenith pg start {name}")
 
 

@@ -40,7 +40,7 @@ def storage_dump(layer_file: Path, values: bool) -> None:
     may run meanwhile: the file never changes.
 
     \b
-    zenith storage dump .zenith/tenants/*/timelines/*/0000*__0000000001696070 | less
+    zenith storage dump .zenith/tenants/TENANT/timelines/TIMELINE/LAYER_FILE | less
     """
     from pageserver.layered_repository.dump_layer import dump
     from pageserver.layered_repository.errors import StoreError

@@ -282,11 +282,12 @@ class ComputeControlPlane:
                 on_broken(e)
         return found
 
-    def follow_safekeepers(self, before: node_safekeepers.Addresses) -> list[str]:
+    def follow_safekeepers(self, before: node_safekeepers.Addresses) -> list[Compute]:
         """Give the environment's safekeepers to all nodes that have those of before.
 
-        Returns the names of the nodes among them that run, and go on as they are until they are
-        started anew. Nodes whose settings cannot be read are left out.
+        Returns the nodes among them that run, and go on with those of before until they are
+        started anew. A node at an LSN has no use for safekeepers. Nodes whose settings cannot be
+        read are left out.
         """
         addresses = node_safekeepers.own_addresses(self._env)
         running = []
@@ -298,8 +299,8 @@ class ComputeControlPlane:
             for node in nodes:
                 if sorted(node.safekeepers) == sorted(before) and before:
                     node_safekeepers.follow(node.pgdata, addresses)
-                    if state.read(node.state_dir).supervisor_pid is not None:
-                        running.append(node.name)
+                    if node.lsn is None and state.read(node.state_dir).supervisor_pid is not None:
+                        running.append(node)
         return running
 
     def living(self) -> list[tuple[str, Path]]:

@@ -372,7 +372,7 @@ def default_pg_distrib_dir() -> Path:
     try:
         return find_distrib().bin_dir.parent
     except DistribError as e:
-        raise ControlPlaneError(str(e)) from e
+        raise ControlPlaneError("Failed to create zenith configuration") from e
 
 
 def default_zenith_distrib_dir() -> Path:

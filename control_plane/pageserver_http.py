@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from http import HTTPStatus
 from typing import Any
 
 from control_plane import http_client
@@ -38,7 +39,8 @@ class PageserverHttp:
     ) -> TenantId:
         """Create a tenant without timelines, with settings of its own."""
         body = {"new_tenant_id": str(tenant_id), **(settings or {})}
-        return TenantId.parse(self._request("POST", "/tenant", str, body))
+        exists = f"tenant {tenant_id} exists already"
+        return TenantId.parse(self._request("POST", "/tenant", str, body, exists=exists))
 
     def tenant_config(self, tenant_id: TenantId) -> dict[str, Any]:
         """A tenant's settings: ``effective`` are all of them, ``overrides`` those of its own."""
@@ -85,7 +87,10 @@ class PageserverHttp:
         answer: dict[str, Any] = self._request("GET", path + query, dict)
         return answer
 
-    def _request(self, method: str, path: str, kind: type, body: object = None) -> Any:
+    def _request(
+        self, method: str, path: str, kind: type, body: object = None, *, exists: str = ""
+    ) -> Any:
+        """The answer's document; `exists` is what a conflict without a message means."""
         timeout = TIMEOUT if method == "GET" else CREATE_TIMEOUT
         try:
             answer = http_client.request(
@@ -96,7 +101,10 @@ class PageserverHttp:
                 "the pageserver does not answer: is it running? ('zenith start')"
             ) from e
         if not answer.ok:
-            raise ControlPlaneError(answer.error)
+            failed = ControlPlaneError(answer.error)
+            if exists and answer.status == HTTPStatus.CONFLICT and answer.document is None:
+                raise ControlPlaneError(exists) from failed
+            raise failed
         if not isinstance(answer.document, kind):
             raise ControlPlaneError(f"{answer.url} does not answer like a pageserver")
         return answer.document

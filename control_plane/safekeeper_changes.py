@@ -14,7 +14,7 @@ from functools import partial
 
 from control_plane import daemons, membership, node_safekeepers
 from control_plane.addresses import can_listen, parse_address
-from control_plane.compute import ComputeControlPlane
+from control_plane.compute import Compute, ComputeControlPlane
 from control_plane.daemons import Daemon
 from control_plane.environment import daemon_environment
 from control_plane.errors import ControlPlaneError
@@ -30,7 +30,7 @@ class Change:
 
     removed: tuple[Daemon, ...]
     added: int | None
-    running_nodes: tuple[str, ...]
+    running_nodes: tuple[Compute, ...]
 
 
 def add(env: LocalEnv, node_id: int | None, pg_port: int | None, http_port: int | None) -> Change:

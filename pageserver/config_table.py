@@ -58,8 +58,10 @@ class ConfigTable:
             raise ConfigError(f"configure option {name} is not an integer")
         if value < 0:
             raise ConfigError(f"configure option {name} cannot be negative")
-        if not minimum <= value <= _MAX_INTEGER:
+        if value < minimum:
             raise ConfigError(f"configure option {name} must be at least {minimum}")
+        if value > _MAX_INTEGER:
+            raise ConfigError(f"configure option {name} must be at most {_MAX_INTEGER}")
         return value
 
     def duration(self, key: str, default: float) -> float:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 
 def error_chain(error: BaseException) -> list[str]:
-    """Messages from the outermost error down its causes (``raise ... from ...``)."""
+    """Messages from the outermost error down its causes (``raise ... from ...``).
+
+    A cause that the message above it already contains is left out.
+    """
     messages: list[str] = []
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
         seen.add(id(current))
-        messages.append(error_message(current))
+        if not messages or _detail(current) not in messages[-1]:
+            messages.append(error_message(current))
         current = current.__cause__
     return messages
 
@@ -21,6 +25,13 @@ def error_message(error: BaseException) -> str:
     if isinstance(error, KeyError | AssertionError) or not text:
         return f"{type(error).__name__}: {text}" if text else type(error).__name__
     return text
+
+
+def _detail(error: BaseException) -> str:
+    """What an error says, of those of the operating system without number and file."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return error_message(error)
 
 
 def render_error(error: BaseException, prefix: str = "Error: ") -> str:

@@ -111,8 +111,10 @@ def test_missing_programs(zenith_env_builder: ZenithEnvBuilder, tmp_path: Path) 
         return done.stderr
 
     assert "You need to run 'zenith init' first" in run("start")
-    assert f"Can't find postgres binary at {tmp_path}" in run(
-        "init", POSTGRES_DISTRIB_DIR=str(tmp_path)
+    no_postgres = run("init", POSTGRES_DISTRIB_DIR=str(tmp_path))
+    assert no_postgres.startswith(
+        "command failed: Failed to create zenith configuration\n\n"
+        f"Caused by:\n    0: Can't find postgres binary at {tmp_path}"
     )
     config = tmp_path / "config.toml"
     config.write_text(f"pg_distrib_dir = '{paths.pg_distrib_dir}'\nzenith_distrib_dir = '/'\n")

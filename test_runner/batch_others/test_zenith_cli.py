@@ -72,6 +72,7 @@ def test_timelines_and_tenants(zenith_env_builder: ZenithEnvBuilder) -> None:
     assert [name for name, _ in cli.list_timelines(second)] == ["main"]
     assert set(dict(cli.list_timelines())) == set(names), "the other tenant's are its own"
     again = answer(env, "tenant", "create", "--tenant-id", second.hex, code=1)
+    assert again.stderr.startswith(f"command failed: tenant {second.hex} exists already\n")
     assert "Http error (409) at " in again.stderr
     env.pageserver.stop()
     env.pageserver.start()

@@ -166,7 +166,7 @@ def test_causes_are_rendered() -> None:
         "command failed: top",
         "",
         "Caused by:",
-        "    0: KeyError()",
+        "    0: KeyError",
         "    1: [Errno 2] gone",
     ]
 

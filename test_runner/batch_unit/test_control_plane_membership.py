@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from zenith_cli import safekeepers as cli_safekeepers  # type: ignore[import-untyped]
 
+from compute_tools import state
 from compute_tools.safekeeper_membership import (
     NOT_KNOWN,
     SafekeeperMember,
@@ -14,6 +16,7 @@ from compute_tools.safekeeper_membership import (
 )
 from compute_tools.walproposer.membership import ANY_INSTANCE, Generation, Membership
 from control_plane import node_safekeepers, safekeeper_changes
+from control_plane.compute import ComputeControlPlane
 from control_plane.errors import ControlPlaneError
 from control_plane.local_env import (
     GenerationMember,
@@ -31,6 +34,7 @@ from control_plane.membership import (
     still_mattering,
 )
 from zenith_utils.ids import TenantId, TimelineId
+from zenith_utils.lsn import Lsn
 
 TENANT = TenantId.parse("11" * 16)
 MAIN = TimelineId.parse("22" * 16)
@@ -227,3 +231,32 @@ def test_nodes_follow_what_was_the_environments(env: LocalEnv, tmp_path: Path) -
         "a = 1\nwal_acceptors='localhost:5451,localhost:5453,localhost:5454'\n"
         "# wal_acceptors = x\nb = 2 # \udce9\n"
     )
+
+
+def test_only_nodes_that_need_safekeepers_are_to_be_started_anew(
+    env: LocalEnv, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is said of running nodes can be entered as it stands, whatever tenant they are of."""
+    other = TenantId.parse("33" * 16)
+    plane = ComputeControlPlane(env)
+    plane.create(TENANT, "main", MAIN, None, 6000)
+    plane.create(TENANT, "past", MAIN, Lsn.parse("0/16B9188"), 6001)
+    plane.create(TENANT, "replica", MAIN, None, 6002, hot_standby=True)
+    plane.create(other, "theirs", MAIN, None, 6003)
+    before = node_safekeepers.own_addresses(env)
+    env.safekeepers = confs((1, 2, 4))
+    running = state.ComputeState(state.Phase.RUNNING, 1, "")
+    monkeypatch.setattr(state, "read", lambda _: running)
+    nodes = plane.follow_safekeepers(before)
+    assert [node.name for node in nodes] == ["main", "replica", "theirs"]
+    past = plane.get(TENANT, "past")
+    assert past is not None
+    assert node_safekeepers.are_own(env, past.safekeepers)
+    monkeypatch.setattr(cli_safekeepers, "settle", lambda *_: None)
+    cli_safekeepers._carry_out(env, safekeeper_changes.Change((), None, tuple(nodes)))
+    theirs = f"theirs --tenant-id {other}"
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "    zenith pg stop main; zenith pg start main",
+        "    zenith pg stop replica; zenith pg start replica",
+        f"    zenith pg stop {theirs}; zenith pg start {theirs}",
+    ]

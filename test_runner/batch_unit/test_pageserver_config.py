@@ -51,6 +51,10 @@ def test_defaults() -> None:
         ("gc_horizon = 'x'", "configure option gc_horizon is not an integer"),
         ("gc_horizon = true", "configure option gc_horizon is not an integer"),
         ("gc_horizon = -1", "configure option gc_horizon cannot be negative"),
+        (
+            "gc_horizon = 9223372036854775808",
+            "configure option gc_horizon must be at most 9223372036854775807",
+        ),
         ("checkpoint_distance = 0", "configure option checkpoint_distance must be at least 1"),
         ("listen_pg_addr = 5", "configure option listen_pg_addr is not a string"),
         ("listen_pg_addr = 'nowhere'", "invalid address 'nowhere'"),

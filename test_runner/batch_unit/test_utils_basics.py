@@ -188,6 +188,20 @@ def test_error_chain() -> None:
     assert render_error(ValueError("alone")) == "Error: alone"
 
 
+def test_a_cause_is_not_told_twice() -> None:
+    """What a message took over from its cause does not come again below it; other causes do."""
+    refused = ConnectionRefusedError(111, "Connection refused")
+    unreachable = RuntimeError("cannot reach http://h:1/: [Errno 111] Connection refused")
+    unreachable.__cause__ = refused
+    assert render_error(unreachable) == f"Error: {unreachable}"
+    outer = RuntimeError("the pageserver does not answer")
+    outer.__cause__ = unreachable
+    assert render_error(outer) == f"Error: {outer}\n\nCaused by:\n    0: {unreachable}"
+    unopened = RuntimeError("Error opening workdir 'x'")
+    unopened.__cause__ = FileNotFoundError(2, "No such file or directory", "x")
+    assert "0: [Errno 2] No such file or directory: 'x'" in render_error(unopened)
+
+
 # ---- files -------------------------------------------------------------------------------------
 
 
