@@ -41,7 +41,7 @@ class Inner:
         self.output = directory / "output"
         self.output.mkdir()
         self.base_port = QUIET_PORT
-        self.plugins = PLUGINS
+        self.plugins: tuple[str, ...] = PLUGINS
 
     def run(self, test: str, *options: str, **environment: str) -> tuple[int, str]:
         """The exit code, and what was printed."""
