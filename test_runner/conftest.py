@@ -1,7 +1,6 @@
 """Plugins of the test framework."""
 
 pytest_plugins = (
-    "fixtures.session",
     "fixtures.zenith_fixtures",
     "fixtures.benchmark_fixture",
     "fixtures.proposer_postgres",

@@ -87,7 +87,7 @@ def pgbench(
         *("-n", f"-c{clients}", f"-T{seconds}", "-h127.0.0.1", f"-p{pg.port}", "-Uzenith_admin"),
         "postgres",
     ]
-    with (pg_bin.log_dir / "pgbench.log").open("w+") as output:
+    with Path(pg_bin.log_dir, "pgbench.log").open("w+") as output:
         process = subprocess.Popen(command, env=pg_bin.env, stdout=output, stderr=output)
         try:
             yield lambda: process.poll() is None

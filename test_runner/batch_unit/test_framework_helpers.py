@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import run_pytest
 from fixtures import paths
+from fixtures.benchmark_fixture import ZenithBenchmarker
 from fixtures.http_clients import ZenithPageserverHttpClient
 from fixtures.output import directory_name, remove
+from fixtures.pg_protocol import PgBin, VanillaPostgres
 from fixtures.restored_datadir import list_files_to_compare
 from fixtures.utils import get_dir_size, lsn_from_hex, print_gc_result
 from fixtures.waits import remote_consistent_lsn, wait_for, wait_for_last_record_lsn
+from fixtures.zenith_env import ZenithEnvBuilder
 
 
 @pytest.fixture
@@ -153,3 +157,31 @@ def test_environment_variables_are_of_the_caller() -> None:
     """Where programs are is absolute from the start: tests change directories."""
     for path in (paths.zenith_binpath, paths.pg_distrib_dir, paths.top_output_dir):
         assert Path(path).is_absolute()
+
+
+def test_programs_that_root_may_not_run(test_output_dir: str, port_distributor: Any) -> None:
+    """initdb and pg_ctl work whoever runs the tests, also on files that root has added."""
+    pg_bin = PgBin(test_output_dir)
+    data_dir = Path(test_output_dir) / "pgdata"
+    pg_bin.run(["initdb", "-U", "zenith_admin", "-D", str(data_dir), "--no-sync"])
+    (data_dir / "more.conf").write_text(f"port = {port_distributor.get_port()}\n")
+    (data_dir / "more.conf").chmod(0o600)
+    with (data_dir / "postgresql.conf").open("a") as conf:
+        conf.write("include 'more.conf'\nunix_socket_directories = ''\n")
+    env = {"PGDATA": str(data_dir)}
+    pg_bin.run(["pg_ctl", "-w", "-s", "-l", str(data_dir / "pg.log"), "start"], env=env)
+    base = pg_bin.run_capture(["pg_ctl", "-D", "pgdata", "-m", "fast", "stop"], cwd=test_output_dir)
+    assert "server stopped" in Path(f"{base}.stdout").read_text()
+
+
+def test_directories_as_text(test_output_dir: str, port_distributor: Any) -> None:
+    """What os.path.join() gives is as good as a Path."""
+    pg_bin = PgBin(log_dir=Path(test_output_dir))
+    assert pg_bin.log_dir == test_output_dir
+    vanilla = VanillaPostgres(f"{test_output_dir}/data", pg_bin, port_distributor.get_port())
+    assert vanilla.get_subdir_size("base") > 0
+    builder = ZenithEnvBuilder(f"{test_output_dir}/repo", port_distributor)
+    builder.enable_local_fs_remote_storage()
+    assert str(builder.pageserver_remote_storage).count(f"{test_output_dir}/repo/local_fs") == 1
+    tenant, timeline = uuid.uuid4(), uuid.uuid4().hex
+    assert ZenithBenchmarker(print).get_timeline_size(test_output_dir, tenant, timeline) == 0

@@ -14,7 +14,7 @@ from fixtures.ports import PortDistributor
 from fixtures.utils import process_exists, read_pid, wait_until
 
 FRAMEWORK = Path(output.__file__).resolve().parents[1]
-PLUGINS = ("xdist", "pytest_timeout", "fixtures.session", "fixtures.zenith_fixtures")
+PLUGINS = ("xdist", "pytest_timeout", "fixtures.zenith_fixtures")
 SKIP_CHECK = "--skip-interfering-proc-check"
 # Where no other test's servers are.
 QUIET_PORT = 32600
@@ -41,13 +41,14 @@ class Inner:
         self.output = directory / "output"
         self.output.mkdir()
         self.base_port = QUIET_PORT
+        self.plugins: tuple[str, ...] = PLUGINS
 
     def run(self, test: str, *options: str, **environment: str) -> tuple[int, str]:
         """The exit code, and what was printed."""
         (self.directory / "test_inner.py").write_text(SERVER + test)
         (self.directory / "pytest.ini").write_text("[pytest]\n")
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        for plugin in PLUGINS:
+        for plugin in self.plugins:
             command += ["-p", plugin]
         done = subprocess.run(
             [*command, "--rootdir", str(self.directory), "test_inner.py", *options],
@@ -206,6 +207,40 @@ def test_ports_of_clients_are_not_used(inner: Inner) -> None:
     code, printed = inner.run("def test_it():\n    pass\n")
     assert code == 4
     assert "ZENITH_TEST_BASE_PORT" in printed
+
+
+CONFTEST = """
+pytest_plugins = (
+    "fixtures.zenith_fixtures",
+    "fixtures.benchmark_fixture",
+    "fixtures.compare_fixtures",
+    "fixtures.slow",
+)
+"""
+MARKED = """
+import pytest
+
+@pytest.mark.slow
+def test_slow():
+    assert False
+
+@pytest.mark.remote_cluster
+def test_remote(test_output_dir, zenbenchmark):
+    pass
+"""
+
+
+def test_a_suite_of_its_own(inner: Inner) -> None:
+    """A conftest.py elsewhere names four plugins, and has all options, markers and checks."""
+    (inner.directory / "conftest.py").write_text(CONFTEST)
+    inner.plugins = ("xdist", "pytest_timeout")
+    options = ("--strict-markers", "-W", "error", SKIP_CHECK, "-rs", "--keep-output=all")
+    code, printed = inner.run(MARKED, *options)
+    assert code == 0, printed
+    assert "1 passed, 1 skipped" in printed
+    assert "need --runslow option to run" in printed
+    code, printed = inner.run("def test_it():\n    pass\n", ZENITH_BIN="/nowhere")
+    assert code == 4, printed
 
 
 @pytest.mark.parametrize("variable", ["ZENITH_BIN", "POSTGRES_DISTRIB_DIR"])
