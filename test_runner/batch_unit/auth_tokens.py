@@ -88,7 +88,9 @@ def bad_tokens() -> dict[str, BadToken]:
         ),
         "expired": BadToken(token({**MANAGEMENT, "exp": int(time.time()) - 60}), EXPIRED, EXPIRED),
         "not valid yet": malformed(
-            token({**MANAGEMENT, "nbf": int(time.time()) + 600}), "The token is not yet valid"
+            # Later than the end of the run: tokens are made once, at its start.
+            token({**MANAGEMENT, "nbf": int(time.time()) + 10**8}),
+            "The token is not yet valid",
         ),
         "for another audience": malformed(
             token({**MANAGEMENT, "aud": "elsewhere"}), "Invalid audience"
