@@ -1,5 +1,6 @@
 """Build of the Cython modules; everything else is declared in pyproject.toml."""
 
+import os
 from pathlib import Path
 
 from Cython.Build import cythonize
@@ -37,6 +38,6 @@ setup(
             "embedsignature": True,
         },
         include_path=[str(ROOT)],
-        nthreads=2,
+        nthreads=os.cpu_count() or 1,
     )
 )
