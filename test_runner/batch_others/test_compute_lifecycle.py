@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 from fixtures.postgres import Postgres
-from fixtures.utils import wait_until
-from fixtures.zenith_env import ZenithEnv, ZenithEnvBuilder, process_exists
+from fixtures.utils import process_exists, wait_until
+from fixtures.zenith_env import ZenithEnv, ZenithEnvBuilder
 
 
 def spawn(env: ZenithEnv, *arguments: str) -> subprocess.Popen[str]:

@@ -14,8 +14,8 @@ import pytest
 from batch_others.test_durability import BackgroundStatement, waits_for_quorum
 from batch_others.test_proposer_restart import frozen, safekeeper_pids
 from fixtures.postgres import Postgres
-from fixtures.utils import wait_until
-from fixtures.zenith_env import ZenithEnv, ZenithEnvBuilder, process_exists
+from fixtures.utils import process_exists, wait_until
+from fixtures.zenith_env import ZenithEnv, ZenithEnvBuilder
 
 INSERT = "INSERT INTO t VALUES (1)"
 

@@ -13,8 +13,8 @@ import psycopg2
 import pytest
 from batch_others.test_durability import BackgroundStatement, waits_for_quorum
 from fixtures.postgres import Postgres
-from fixtures.utils import wait_until
-from fixtures.zenith_env import Safekeeper, ZenithEnv, ZenithEnvBuilder, process_exists
+from fixtures.utils import process_exists, wait_until
+from fixtures.zenith_env import Safekeeper, ZenithEnv, ZenithEnvBuilder
 
 
 def walproposer_pid(pg: Postgres, supervisor: int | None = None) -> int:
