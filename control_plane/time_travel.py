@@ -10,13 +10,15 @@ from typing import Any
 
 from control_plane import http_client
 from control_plane.errors import ControlPlaneError
-from control_plane.local_env import LocalEnv
+from control_plane.local_env import LocalEnv, SafekeeperConf
 from control_plane.pageserver_http import TIMEOUT, PageserverHttp
 from zenith_utils.ids import TenantId, TimelineId
-from zenith_utils.lsn import Lsn
+from zenith_utils.lsn import INVALID_LSN, Lsn
 from zenith_utils.timestamp import timestamp_of
 
 _POLL = 0.02
+# Kinds of answers that WAL still to come may change.
+_UNSURE = ("future", "nodata")
 # A pageserver that gets no WAL for this long although there is some is not catching up.
 _STALLED_AFTER = 10.0
 
@@ -35,19 +37,18 @@ def find_moment(
     """The state of a timeline at a time; all commits acknowledged by then are included.
 
     A time behind the last commit means the newest state. Waits while the pageserver catches up with
-    what the safekeepers have committed. Raises ControlPlaneError, also for a time that is in the
+    what the safekeepers have acknowledged. Raises ControlPlaneError, also for a time that is in the
     future, before the history that is kept, or before the branch point.
     """
     now = datetime.now(UTC).astimezone(at.tzinfo)
     if at > now:
         raise ControlPlaneError(f"{at} is in the future: it is {now}")
     pageserver = PageserverHttp(env)
-    committed = _committed_lsn(env, tenant_id, timeline_id)
 
     def ask() -> dict[str, Any]:
         return pageserver.lsn_by_timestamp(tenant_id, timeline_id, timestamp_of(at))
 
-    answer = _ask_until_known(ask, committed)
+    answer = _ask_until_known(ask, lambda: _acknowledged_lsn(env, tenant_id, timeline_id))
     kind, text = answer["kind"], answer["commit_time"]
     branch = _branch_text(env, tenant_id, timeline_id)
     if kind == "nodata":
@@ -70,46 +71,110 @@ def find_moment(
     )
 
 
-def _ask_until_known(ask: Callable[[], dict[str, Any]], committed: Lsn) -> dict[str, Any]:
+def _ask_until_known(
+    ask: Callable[[], dict[str, Any]], find_acknowledged: Callable[[], Lsn]
+) -> dict[str, Any]:
     """The answer for sure: without it, a later commit that is known, or all WAL looked at."""
     answer = ask()
+    if answer["kind"] not in _UNSURE:
+        return answer
+    acknowledged = find_acknowledged()
     received, deadline = Lsn(0), time.monotonic() + _STALLED_AFTER
-    while answer["kind"] in ("future", "nodata"):
+    while answer["kind"] in _UNSURE:
         reached = Lsn.parse(answer["received_lsn"])
-        if reached >= committed:
+        if reached >= acknowledged:
             break
         if reached > received:
             received, deadline = reached, time.monotonic() + _STALLED_AFTER
         elif time.monotonic() > deadline:
             raise ControlPlaneError(
                 f"the pageserver has WAL up to {reached} only and gets no more, the safekeepers"
-                f" have committed up to {committed}: see its log, or name an LSN instead of a time"
+                f" have acknowledged up to {acknowledged}: see its log; if the branch's compute was"
+                " killed, start one, which tells them what is committed; or name an LSN instead of"
+                " a time"
             )
         time.sleep(_POLL)
         answer = ask()
     return answer
 
 
-def _committed_lsn(env: LocalEnv, tenant_id: TenantId, timeline_id: TimelineId) -> Lsn:
-    """Up to where the safekeepers know WAL of the timeline to be committed; 0: none of it."""
-    answered = not env.safekeepers
-    committed = Lsn(0)
+@dataclass(frozen=True, slots=True)
+class _Log:
+    """What one safekeeper has of a timeline; as it stands here, nothing."""
+
+    epoch: int = 0
+    """Term in which its end was written."""
+    epoch_lsn: Lsn = INVALID_LSN
+    """Where WAL of that term begins."""
+    flush_lsn: Lsn = INVALID_LSN
+    established: int = 0
+
+
+def _acknowledged_lsn(env: LocalEnv, tenant_id: TenantId, timeline_id: TimelineId) -> Lsn:
+    """Where all WAL lies below that was acknowledged to Postgres until now; 0: none was.
+
+    Safekeepers hear later what is committed, and tell later still. But what was acknowledged is on
+    the disks of a majority: what older terms acknowledged lies below the beginning of the newest,
+    what the newest did is on the disks of a majority in that term. Raises ControlPlaneError if too
+    few answer to know.
+    """
+    if not env.safekeepers:
+        return INVALID_LSN
+    logs: list[_Log] = []
+    instances: set[str] = set()
     for conf in env.safekeepers:
-        address = ("127.0.0.1", conf.http_port)
-        path = f"/v1/timeline/{tenant_id}/{timeline_id}"
-        try:
-            answer = http_client.request(address, "GET", path, timeout=TIMEOUT)
-        except http_client.UnreachableError:
-            continue
-        answered = True
-        if answer.ok:  # else nothing was ever written to the timeline
-            committed = max(committed, Lsn.parse(answer.document["commit_lsn"]))
-    if not answered:
+        log = _ask_log(conf, tenant_id, timeline_id)
+        if log is not None:
+            logs.append(log)
+            instances.add(conf.instance)
+    size = len(env.safekeepers)
+    _check_majority(len(logs), size, "")
+    established = max(log.established for log in logs)
+    # Where a generation still matters its majorities may have been others than today's.
+    earlier = [g for g in env.earlier_generations if g.number >= established]
+    for generation in earlier:
+        answered = sum(member.instance in instances for member in generation.members)
+        _check_majority(answered, len(generation.members), f" of generation {generation.number}")
+    epoch = max(log.epoch for log in logs)
+    newest = [log for log in logs if log.epoch == epoch]
+    ends = sorted((log.flush_lsn for log in newest), reverse=True)
+    # Whoever does not answer may have everything.
+    copies = 1 if earlier else size // 2 + 1 - (size - len(logs))
+    begin = max(log.epoch_lsn for log in newest)
+    return max(begin, ends[copies - 1]) if copies <= len(ends) else begin
+
+
+def _check_majority(answered: int, size: int, whose: str) -> None:
+    if answered < size // 2 + 1:
+        who = f"only {answered} of the {size} safekeepers{whose} answer"
         raise ControlPlaneError(
-            "no safekeeper answers, so the newest commits are not known: are they running?"
-            " ('zenith start')"
+            f"{who if answered else f'no safekeeper{whose} answers'}, so the newest commits are not"
+            " known: are they running? ('zenith start')"
         )
-    return committed
+
+
+def _ask_log(conf: SafekeeperConf, tenant_id: TenantId, timeline_id: TimelineId) -> _Log | None:
+    """None if the safekeeper does not answer, or cannot vouch for what it has."""
+    address = ("127.0.0.1", conf.http_port)
+    try:
+        path = f"/v1/timeline/{tenant_id}/{timeline_id}"
+        answer = http_client.request(address, "GET", path, timeout=TIMEOUT)
+        if not answer.ok:
+            present = http_client.request(address, "GET", "/v1/timeline", timeout=TIMEOUT)
+    except http_client.UnreachableError:
+        return None
+    if not answer.ok:
+        ids = (str(tenant_id), str(timeline_id))
+        known = present.ok and ids not in [
+            (item["tenant_id"], item["timeline_id"]) for item in present.document
+        ]
+        return _Log() if known else None
+    status = answer.document
+    if status["recovering"]:
+        return None
+    epoch, flush_lsn = status["acceptor_state"]["epoch"], Lsn.parse(status["flush_lsn"])
+    begins = (e["lsn"] for e in status["acceptor_state"]["term_history"] if e["term"] == epoch)
+    return _Log(epoch, Lsn(max(begins, default=0)), flush_lsn, status["established"])
 
 
 def _branch_text(env: LocalEnv, tenant_id: TenantId, timeline_id: TimelineId) -> str:
