@@ -8,6 +8,8 @@ import ssl
 from collections.abc import Iterator, Mapping
 from typing import Self
 
+from fixtures.utils import wait_until
+
 from proxy.messages import message, startup_packet
 from proxy.server import ProxyServer
 
@@ -142,6 +144,12 @@ class World:
     def target(self) -> Target:
         """Wait for the proxy to connect to the target."""
         return Target(self.target_listener.accept()[0])
+
+    def closed_at_rest(self) -> int:
+        """How many connections are over, once those of earlier tests are."""
+        traffic = self.server.traffic
+        wait_until(lambda: traffic.closed == traffic.accepted, what="earlier sessions to be over")
+        return traffic.closed
 
     @contextlib.contextmanager
     def session(self) -> Iterator[tuple[Client, Target, bytes]]:

@@ -211,7 +211,7 @@ def test_clients_that_leave(world: World, caplog: pytest.LogCaptureFixture) -> N
     """A client may leave at any point of its login, however it does so."""
     whole = startup_packet({b"user": b"u", b"database": b"d"})
     with caplog.at_level(logging.WARNING):
-        closed = world.server.traffic.closed
+        closed = world.closed_at_rest()
         for size in range(len(whole)):
             client = world.client()
             client.send(whole[:size])
@@ -239,7 +239,7 @@ def test_client_that_vanishes_while_the_target_decides(
 ) -> None:
     """Nobody is there for what the target says then, and its session ends."""
     with caplog.at_level(logging.ERROR):
-        closed = world.server.traffic.closed
+        closed = world.closed_at_rest()
         client = world.client()
         client_port = client.sock.getsockname()[1]
         client.log_in()
@@ -469,7 +469,7 @@ def test_unencrypted_bytes_behind_the_request(tls_world: tuple[World, str]) -> N
 def test_failed_handshakes(tls_world: tuple[World, str], caplog: pytest.LogCaptureFixture) -> None:
     """Clients that break off or send something else are logged in a line each."""
     world, certificate = tls_world
-    closed = world.server.traffic.closed
+    closed = world.closed_at_rest()
     with caplog.at_level(logging.WARNING):
         for said in (b"no TLS at all, but long enough", b""):
             with world.client() as client:
