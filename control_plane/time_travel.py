@@ -161,14 +161,13 @@ def _ask_log(conf: SafekeeperConf, tenant_id: TenantId, timeline_id: TimelineId)
         answer = http_client.request(address, "GET", path, timeout=TIMEOUT)
         if not answer.ok:
             present = http_client.request(address, "GET", "/v1/timeline", timeout=TIMEOUT)
+            ids = (str(tenant_id), str(timeline_id))
+            absent = present.ok and ids not in [
+                (item["tenant_id"], item["timeline_id"]) for item in present.document
+            ]
+            return _Log() if absent else None
     except http_client.UnreachableError:
         return None
-    if not answer.ok:
-        ids = (str(tenant_id), str(timeline_id))
-        known = present.ok and ids not in [
-            (item["tenant_id"], item["timeline_id"]) for item in present.document
-        ]
-        return _Log() if known else None
     status = answer.document
     if status["recovering"]:
         return None
