@@ -58,15 +58,30 @@ def pass_context(function: Callable[Concatenate[CliContext, _P], _R]) -> Callabl
     return command
 
 
+_write_failure: OSError | None = None
+
+
 def say(text: str) -> None:
-    """One line of the command's answer; flushed, so that it is seen while a step runs."""
+    """One line of the command's answer; flushed, so that it is seen while a step runs.
+
+    An answer that cannot be written keeps no step from being done: see write_failure().
+    """
+    global _write_failure
     with hidden():
         try:
             click.echo(text)
             sys.stdout.flush()
-        except BrokenPipeError:
-            # The reader has gone (`zenith stop | head -1`); the work goes on without it.
+        except OSError as e:
+            # That the reader has gone (`zenith stop | head -1`) is no failure.
+            if not isinstance(e, BrokenPipeError):
+                _write_failure = e
+            # What is still in the buffer would fail again with each line, and at the end.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def write_failure() -> OSError | None:
+    """Why a part of the answer could not be written, for instance to a file on a full disk."""
+    return _write_failure
 
 
 class _TenantIdType(click.ParamType[Any]):

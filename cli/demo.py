@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
@@ -22,6 +23,7 @@ from control_plane.compute import SUPERUSER, Compute, ComputeControlPlane
 from control_plane.errors import ControlPlaneError
 from control_plane.local_env import DEFAULT_BRANCH, LocalEnv, PageserverConf, SafekeeperConf
 from control_plane.pageserver_http import PageserverHttp
+from control_plane.time_travel import wait_for_newest
 from zenith_utils.ids import TenantId, TimelineId
 from zenith_utils.lsn import Lsn
 
@@ -127,13 +129,10 @@ def _make_environment(directory: Path, clock: _Clock) -> LocalEnv:
         listen_pg_addr=f"127.0.0.1:{ports[0]}", listen_http_addr=f"127.0.0.1:{ports[1]}"
     )
     conf.safekeepers = [SafekeeperConf(i, ports[2 * i], ports[2 * i + 1]) for i in (1, 2, 3)]
-    config = directory.with_name(directory.name + ".toml")
-    config.write_text(conf.to_toml())
-    try:
-        with clock.step(f"create an environment in {directory.name}"):
-            return create_environment(config, None, ())
-    finally:
-        config.unlink()
+    with TemporaryDirectory() as scratch, clock.step(f"create an environment in {directory.name}"):
+        config = Path(scratch) / "config.toml"
+        config.write_text(conf.to_toml())
+        return create_environment(config, None, ())
 
 
 def _tell(env: LocalEnv, scale: int, clock: _Clock) -> None:
@@ -198,6 +197,8 @@ def _tell(env: LocalEnv, scale: int, clock: _Clock) -> None:
 
 def _branch(env: LocalEnv, tenant: TenantId, name: str, lsn: Lsn | None) -> TimelineId:
     main = env.branch_timeline(DEFAULT_BRANCH, tenant)
+    if lsn is None:
+        wait_for_newest(env, tenant, main)
     info = PageserverHttp(env).timeline_create(
         tenant, ancestor_timeline_id=main, ancestor_start_lsn=lsn
     )
@@ -214,23 +215,29 @@ def _pgbench(env: LocalEnv, node: Compute, *arguments: str) -> None:
         raise ControlPlaneError(f"pgbench failed: {done.stderr.strip()}")
 
 
-def _connect(node: Compute) -> Any:
-    connection = psycopg2.connect(
-        host="127.0.0.1", port=node.port, user=SUPERUSER, dbname="postgres"
-    )
-    connection.autocommit = True
-    return closing(connection)
+@contextmanager
+def _cursor(node: Compute) -> Iterator[Any]:
+    """A cursor on a node; raises ControlPlaneError."""
+    try:
+        with closing(
+            psycopg2.connect(host="127.0.0.1", port=node.port, user=SUPERUSER, dbname="postgres")
+        ) as connection:
+            connection.autocommit = True
+            with connection.cursor() as cursor:
+                yield cursor
+    except psycopg2.Error as e:
+        raise ControlPlaneError(f"postgres {node.name} did not do what it was asked") from e
 
 
 def _query(node: Compute, sql: str) -> tuple[Any, ...]:
-    with _connect(node) as connection, connection.cursor() as cursor:
+    with _cursor(node) as cursor:
         cursor.execute(sql)
         row: tuple[Any, ...] = cursor.fetchone()
         return row
 
 
 def _execute(node: Compute, sql: str) -> None:
-    with _connect(node) as connection, connection.cursor() as cursor:
+    with _cursor(node) as cursor:
         cursor.execute(sql)
 
 

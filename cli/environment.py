@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import stat
 import subprocess
 import tomllib
 from collections.abc import Iterator
@@ -22,9 +23,11 @@ from control_plane.local_env import (
     LocalEnv,
     SafekeeperConf,
     repo_dir_from_environment,
+    toml_string,
     unknown_keys,
 )
 from zenith_utils.ids import TenantId, TimelineId
+from zenith_utils.os_user import postgres_user
 from zenith_utils.reachable import check_reachable
 
 from .context import (
@@ -76,15 +79,15 @@ def create_environment(
 
     repo_dir = repo_dir_from_environment()
     if repo_dir.exists():
-        initialized = (repo_dir / CONFIG_FILE).exists()
-        raise ControlPlaneError("Failed to initialize zenith repository") from ControlPlaneError(
-            f"directory '{repo_dir}' already exists. Perhaps already initialized?"
-            + ("" if initialized else " It holds no config: if an init was killed, remove it")
-        )
+        raise ControlPlaneError("Failed to initialize zenith repository") from _exists(repo_dir)
     env = _initial_environment(config, repo_dir)
     _check_programs(env)
     try:
-        repo_dir.mkdir(parents=True)
+        _make_reachable(repo_dir)
+    except FileExistsError:
+        # Another init has made it since we looked: it is not ours to remove.
+        raise ControlPlaneError("Failed to initialize zenith repository") from _exists(repo_dir)
+    try:
         check_reachable(repo_dir)
         if env.default_tenant_id is None:
             env.default_tenant_id = TenantId.generate()
@@ -92,7 +95,7 @@ def create_environment(
         env.branches = {DEFAULT_BRANCH: {env.default_tenant_id: timeline_id}}
         for conf in env.safekeepers:
             env.safekeeper_dir(conf.id).mkdir(parents=True)
-        (repo_dir / "pgdatadirs" / "tenants").mkdir(parents=True)
+        _make_reachable(repo_dir / "pgdatadirs" / "tenants")
         env.pageserver.auth_type = _auth_type(env, overrides)
         with ThreadPoolExecutor(1) as pool:
             # While the pageserver is at work, which checks that its key is there if it needs one.
@@ -106,6 +109,27 @@ def create_environment(
         shutil.rmtree(repo_dir, ignore_errors=True)
         raise
     return env
+
+
+def _make_reachable(path: Path) -> None:
+    """Make a directory, and those above it, that Postgres' user gets through whatever the umask.
+
+    Those that exist are not ours to open. Raises FileExistsError, and OSError.
+    """
+    made = [path, *(part for part in path.parents if not part.exists())]
+    other_user = postgres_user() is not None
+    path.mkdir(parents=True)
+    if other_user:
+        for part in made:
+            part.chmod(stat.S_IMODE(part.stat().st_mode) | 0o011)
+
+
+def _exists(repo_dir: Path) -> ControlPlaneError:
+    initialized = (repo_dir / CONFIG_FILE).exists()
+    return ControlPlaneError(
+        f"directory '{repo_dir}' already exists. Perhaps already initialized?"
+        + ("" if initialized else " It holds no config: if an init was killed, remove it")
+    )
 
 
 def _initial_environment(config: Path | None, repo_dir: Path) -> LocalEnv:
@@ -154,10 +178,10 @@ def _auth_type(env: LocalEnv, overrides: tuple[str, ...]) -> str:
 def _init_pageserver(env: LocalEnv, timeline_id: TimelineId, overrides: tuple[str, ...]) -> None:
     conf = env.pageserver
     settings = [
-        f"pg_distrib_dir='{env.pg_distrib_dir}'",
-        f"auth_type='{conf.auth_type}'",
-        f"listen_http_addr='{conf.listen_http_addr}'",
-        f"listen_pg_addr='{conf.listen_pg_addr}'",
+        f"pg_distrib_dir={toml_string(env.pg_distrib_dir)}",
+        f"auth_type={toml_string(conf.auth_type)}",
+        f"listen_http_addr={toml_string(conf.listen_http_addr)}",
+        f"listen_pg_addr={toml_string(conf.listen_pg_addr)}",
         f"id={conf.id}",
         *overrides,
     ]
@@ -265,13 +289,17 @@ def stop_environment(env: LocalEnv, *, immediate: bool) -> None:
         what = f"safekeeper {conf.id}"
         with _reported(f"{what} stop failed"), progress(f"stopping {what}"):
             daemons.safekeeper(env, conf.id).stop(say, immediate=immediate)
+    for node_id, process in daemons.removed_safekeepers(env).items():
+        what = f"safekeeper {node_id}, which was removed:"
+        with _reported(f"{what} stop failed"), progress(f"stopping safekeeper {node_id}"):
+            process.stop(say, immediate=immediate)
 
 
 @contextmanager
 def _reported(what: str) -> Iterator[None]:
     try:
         yield
-    except ControlPlaneError as e:
+    except (ControlPlaneError, OSError) as e:
         failed = ControlPlaneError(f"{what}: {e}")
         failed.__cause__ = e.__cause__
         warn(render_error(failed))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from pathlib import Path
 
 import click
 
 from control_plane.errors import ControlPlaneError
 from zenith_utils.os_user import OsUserError
 
-from .context import CliContext, render_error
+from .context import CliContext, render_error, write_failure
 from .groups import COMPLETE_VARIABLE, LazyCommand, LazyGroup
 
 _COMMANDS = {
@@ -81,10 +82,14 @@ def main() -> int:
     """Run the command line; returns the exit status."""
     # As an interrupt it lets every step clean up after itself.
     signal.signal(signal.SIGTERM, _interrupt)
+    _open_closed_streams()
     try:
         status = cli.main(prog_name="zenith", standalone_mode=False, complete_var=COMPLETE_VARIABLE)
         sys.stdout.flush()
-        return status if isinstance(status, int) else 0
+        failure = write_failure()
+        if failure is not None:
+            click.echo(f"the answer could not be written: {failure.strerror}", err=True)
+        return status if isinstance(status, int) and status else int(failure is not None)
     except click.exceptions.NoArgsIsHelpError as e:
         click.echo(e.format_message(), err=True)
         return 2
@@ -101,6 +106,14 @@ def main() -> int:
     except (ControlPlaneError, OsUserError, OSError) as e:
         click.echo(render_error(e), err=True)
         return 1
+
+
+def _open_closed_streams() -> None:
+    """What the caller has closed (`>&-`) takes everything and gives nothing."""
+    if sys.stdout is None:
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
 
 
 def _interrupt(_number: int, _frame: object) -> None:

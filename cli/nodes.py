@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from control_plane.compute import Compute, ComputeControlPlane
+from control_plane.compute import Compute, ComputeControlPlane, node_name
 from control_plane.errors import ControlPlaneError
 from control_plane.local_env import DEFAULT_BRANCH, LocalEnv
 from control_plane.pageserver_http import PageserverHttp
@@ -77,8 +77,9 @@ def pg_create(
 ) -> None:
     """Create a node for a branch; start it with `zenith pg start`.
 
-    NODE is its name, default: the branch's with `_node`. Settings of Postgres go into its
-    postgresql.conf, below pgdatadirs in the environment, before the start.
+    NODE is its name, default: the branch's with `_node`, and `_` for what it must not hold.
+    Settings of Postgres go into its postgresql.conf, below pgdatadirs in the environment, before
+    the start.
 
     \b
     zenith pg create main
@@ -94,7 +95,7 @@ def pg_create(
     timeline_id = ctx.env.branch_timeline(branch_name, tenant_id)
     ComputeControlPlane(ctx.env).create(
         tenant_id,
-        node or f"{branch_name}_node",
+        node or f"{node_name(branch_name)}_node",
         timeline_id,
         chosen_lsn(ctx.env, (tenant_id, timeline_id), lsn, at, "--lsn", _BAD_LSN),
         port,

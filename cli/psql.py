@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
+from itertools import chain, count
 
 import click
 
-from control_plane.compute import SUPERUSER, Compute, ComputeControlPlane
+from control_plane.compute import SUPERUSER, Compute, ComputeControlPlane, node_name
 from control_plane.errors import ControlPlaneError
 from control_plane.local_env import DEFAULT_BRANCH, LocalEnv
 from zenith_utils.ids import TenantId
@@ -120,9 +122,11 @@ def _none_runs(
     if stopped is not None:
         text += f"zenith pg start {stopped}"
     else:
-        free = f"{branch}_node" if branch in taken else branch
-        text += f"zenith pg start {free} --branch-name {branch}"
+        name = node_name(branch)
+        names = chain((name, f"{name}_node"), (f"{name}_{i}" for i in count(2)))
+        free = next(name for name in names if name not in taken)
+        text += f"zenith pg start {free} --branch-name {shlex.quote(branch)}"
     if running:
-        names = ", ".join(f"zenith psql {node.name}" for node in running)
-        text += f". Read-only ones run: {names}"
+        others = ", ".join(f"zenith psql {node.name}" for node in running)
+        text += f". Read-only ones run: {others}"
     return text

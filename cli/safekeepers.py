@@ -13,11 +13,11 @@ from control_plane.safekeeper_changes import Change
 from control_plane.settling import settle
 
 from .completion import safekeepers as complete_safekeepers
-from .context import CliContext, pass_context, say, stop_mode_option
+from .context import CliContext, pass_context, render_error, say, stop_mode_option
 from .environment import start_safekeeper
 from .progress import progress
 from .servers import show_status, stop_daemon
-from .tables import json_option, say_json
+from .tables import json_option, say_json, warn
 
 _ID = click.IntRange(0, (1 << 63) - 1)
 _PORT = click.IntRange(1, 65535)
@@ -66,11 +66,14 @@ def safekeeper_start(ctx: CliContext, node_id: int) -> None:
 def safekeeper_stop(ctx: CliContext, node_id: int, mode: str) -> None:
     """Stop a safekeeper. Commits go on as long as a majority runs.
 
+    One that was removed and still runs is stopped, too.
+
     \b
     zenith safekeeper stop 2
     zenith safekeeper stop 2 -m immediate
     """
-    stop_daemon(daemons.safekeeper(ctx.env, node_id), mode)
+    removed = daemons.removed_safekeepers(ctx.env).get(node_id)
+    stop_daemon(removed or daemons.safekeeper(ctx.env, node_id), mode)
 
 
 @safekeeper.command("restart")
@@ -230,10 +233,19 @@ def safekeeper_replace(
 
 
 def _carry_out(env: LocalEnv, change: Change) -> None:
-    """Start and stop what a change, which is saved, has brought and removed."""
+    """Start and stop what a change, which is saved, has brought and removed.
+
+    Nothing is put off by one that does not stop: that is raised at the end, as ControlPlaneError.
+    """
     say(f"safekeepers of generation {env.safekeeper_generation}: {_ids(env)}")
+    for trouble in change.troubles:
+        warn(render_error(trouble))
+    failure = None
     for daemon in change.removed:
-        stop_daemon(daemon, "fast")
+        try:
+            stop_daemon(daemon, "fast")
+        except ControlPlaneError as e:
+            failure = e
     if change.added is not None:
         start_safekeeper(env, change.added)
     with progress("bringing branches to the new generation"):
@@ -245,6 +257,8 @@ def _carry_out(env: LocalEnv, change: Change) -> None:
             if node.tenant_id != env.default_tenant_id:
                 name += f" --tenant-id {node.tenant_id}"
             say(f"    zenith pg stop {name}; zenith pg start {name}")
+    if failure is not None:
+        raise failure
 
 
 def _ids(env: LocalEnv) -> str:

@@ -6,7 +6,7 @@ import click
 
 from compute_tools.spec import address_text
 from control_plane import daemons
-from control_plane.daemons import Daemon
+from control_plane.daemons import Daemon, ServerProcess
 from control_plane.errors import ControlPlaneError
 
 from .context import CliContext, override_option, pass_context, say, stop_mode_option
@@ -79,7 +79,7 @@ def pageserver_status(ctx: CliContext, as_json: bool) -> int:
     return show_status(daemons.pageserver(ctx.env), as_json)
 
 
-def stop_daemon(daemon: Daemon, mode: str) -> None:
+def stop_daemon(daemon: ServerProcess, mode: str) -> None:
     """Stop a daemon; raises ControlPlaneError."""
     try:
         with progress(f"stopping the {daemon.kind}"):

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -29,8 +30,8 @@ def say_json(document: object) -> None:
 
 
 def warn(text: str) -> None:
-    """Something beside the answer, on stderr."""
-    with hidden():
+    """Something beside the answer, on stderr; there is nobody to tell if that fails."""
+    with hidden(), suppress(OSError):
         click.echo(text, err=True)
 
 

@@ -79,6 +79,9 @@ def timeline_branch(
 ) -> None:
     """Branch a timeline at its newest state, or at a past LSN or time. Copies nothing.
 
+    The newest state has all commits that were acknowledged before the command began. Should that
+    not be known, since too few safekeepers answer or the pageserver gets no WAL, a warning says so.
+
     \b
     zenith timeline branch --branch-name fix
     zenith timeline branch --branch-name before --ancestor-start-lsn 0/2000028
@@ -97,12 +100,28 @@ def timeline_branch(
         "--ancestor-start-lsn",
         "Failed to parse ancestor start Lsn from the request",
     )
+    if lsn is None:
+        _wait_for_newest(ctx.env, tenant_id, ancestor)
     with progress("waiting for the pageserver"):
         info = PageserverHttp(ctx.env).timeline_create(
             tenant_id, ancestor_timeline_id=ancestor, ancestor_start_lsn=lsn
         )
     ctx.env.add_branch(name, tenant_id, TimelineId.parse(info["timeline_id"]))
     say(f"{_created(info, tenant_id)}. Ancestor timeline: '{ancestor_branch_name}'")
+
+
+def _wait_for_newest(env: LocalEnv, tenant_id: TenantId, timeline_id: TimelineId) -> None:
+    """Wait for what a branch of the newest state should have; a warning if it may lack some."""
+    from control_plane.time_travel import NewestUnknownError, wait_for_newest
+
+    try:
+        with progress("waiting for the pageserver"):
+            wait_for_newest(env, tenant_id, timeline_id)
+    except NewestUnknownError as e:
+        click.echo(f"Warning: the newest commits may be missing in the branch: {e}", err=True)
+    except ControlPlaneError:
+        # Why a pageserver cannot do it, it says when it is asked for the branch.
+        return
 
 
 @timeline.command("list")

@@ -29,6 +29,9 @@ class ConfigFiles:
         self._pgdata = pgdata
         self._generated = generated
         self._stamps: dict[Path, _Stamp] = {}
+        self._written = False
+        self.complete = True
+        """Whether Postgres finds all files of the configuration that was read last."""
 
     def generate(self, own: Mapping[str, str] | None = None) -> dict[str, str]:
         """Write the file Postgres reads; returns the user's settings, ALTER SYSTEM's included.
@@ -36,46 +39,54 @@ class ConfigFiles:
         `own` settings of ours stand last in it.
 
         The file is replaced in one step: Postgres may be told to read it at any time. Raises
-        OSError.
+        OSError: then it stays as it was, and changed() until this succeeds.
         """
+        self._written = False
         with _as_postgres_user():
             lines, automatic = self.read()
         _replace(self._generated, postgres_conf.generate(lines, own))
+        self._written = True
         return postgres_conf.parse([*lines, *automatic])
 
     def generate_plain(self) -> None:
         """Write the file with nothing but the user's lines, as stock Postgres accepts them.
 
-        Raises OSError.
+        Raises OSError, as generate() does.
         """
+        self._written = False
         lines, _ = self.read()
         _replace(self._generated, "\n".join(map(postgres_conf.translate_line, lines)) + "\n")
+        self._written = True
 
     def read(self) -> tuple[list[str], list[str]]:
         """The lines of postgresql.conf, files it includes in place, and of postgresql.auto.conf.
 
-        Without rights other than the caller's own.
+        Without rights other than the caller's own. Raises OSError if the first cannot be read;
+        Postgres does without the other one.
         """
         self._stamps = {}
-        lines = self._read(self._pgdata / "postgresql.conf") or []
-        return lines, self._read(self._pgdata / "postgresql.auto.conf") or []
+        self.complete = True
+        lines = self._read(self._pgdata / "postgresql.conf")
+        try:
+            return lines, self._read(self._pgdata / "postgresql.auto.conf")
+        except OSError:
+            return lines, []
 
     def changed(self) -> bool:
         """Whether a file that generate() has read, or looked for, is another one now."""
-        return any(_stamp(path) != stamp for path, stamp in self._stamps.items())
+        return not self._written or any(
+            _stamp(path) != stamp for path, stamp in self._stamps.items()
+        )
 
     def directories(self) -> set[Path]:
         """Where those files are."""
         return {path.parent for path in self._stamps}
 
-    def _read(self, path: Path, depth: int = 0) -> list[str] | None:
-        """The lines of a file with the files it includes in place; None if it is unreadable."""
+    def _read(self, path: Path, depth: int = 0) -> list[str]:
+        """The lines of a file with the files it includes in place. Raises OSError."""
         self._stamps[path] = _stamp(path)
-        try:
-            # No byte of a file that Postgres takes as it is may stop us.
-            text = path.read_text(encoding="utf-8", errors="surrogateescape")
-        except OSError:
-            return None
+        # No byte of a file that Postgres takes as it is may stop us.
+        text = path.read_text(encoding="utf-8", errors="surrogateescape")
         lines: list[str] = []
         for line in text.split("\n"):
             include = postgres_conf.parse_include(line)
@@ -88,25 +99,23 @@ class ConfigFiles:
     def _included(self, include: postgres_conf.Include, directory: Path, depth: int) -> list[str]:
         target = directory / include.path
         if depth < _MAX_DEPTH:
-            if include.kind == "include_dir":
-                found = self._read_directory(target, depth)
-            else:
-                found = self._read(target, depth + 1)
-            if found is not None:
+            with contextlib.suppress(OSError):
+                if include.kind == "include_dir":
+                    found = self._read_directory(target, depth)
+                else:
+                    found = self._read(target, depth + 1)
                 return [f"# From {target}", *found, "# End of it"]
         # Postgres finds the same and says so, or ignores it.
+        self.complete &= include.kind == "include_if_exists"
         return [f"{include.kind} '{str(target).replace(chr(39), 2 * chr(39))}'"]
 
-    def _read_directory(self, directory: Path, depth: int) -> list[str] | None:
+    def _read_directory(self, directory: Path, depth: int) -> list[str]:
         self._stamps[directory] = _stamp(directory)
-        try:
-            paths = sorted(directory.iterdir())
-        except OSError:
-            return None
         lines = []
-        for path in paths:
+        for path in sorted(directory.iterdir()):
             if path.name.endswith(".conf") and not path.name.startswith("."):
-                lines += self._read(path, depth + 1) or []
+                include = postgres_conf.Include("include", str(path))
+                lines += self._included(include, directory, depth)
         return lines
 
 

@@ -13,15 +13,24 @@ from zenith_utils.lsn import Lsn, LsnParseError
 from zenith_utils.pq_client import PqConnection, PqError, connect
 from zenith_utils.zenith_feedback import ZenithFeedback, postgres_timestamp
 
-LEASE_TTL = 60.0
+# Renewed all the time, but a compute that is cut off from a living pageserver has to find its
+# pages when it is back. The price is history at one LSN for so long, where a compute was killed and
+# is not started again.
+LEASE_TTL = 12 * 3600.0
+LEASE_RENEWAL = 20.0
 HTTP_TIMEOUT = 10.0
 RELEASE_TIMEOUT = 2.0
 CONNECT_TIMEOUT = 10.0
 BASEBACKUP_TIMEOUT = 300.0
+_GONE = 410
 
 
 class PageserverError(Exception):
     """The pageserver refused a request or cannot be reached."""
+
+
+class GoneError(PageserverError):
+    """What was asked for is gone and does not come back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,19 +118,20 @@ class PageserverClient:
         try:
             connection = self._connect()
             try:
-                connection.simple_query(f"callmemaybe {spec.tenant_id} {spec.timeline_id} {source}")
+                connection.simple_query(
+                    f"callmemaybe {spec.tenant_id} {spec.timeline_id} {source}",
+                    timeout=CONNECT_TIMEOUT,
+                )
             finally:
                 connection.close()
         except (OSError, PqError) as e:
             raise PageserverError(f"callmemaybe failed: {e}") from e
 
-    def acquire_lease(self, lsn: Lsn) -> Lease:
-        """Take a lease on `lsn` for LEASE_TTL seconds."""
-        answer = self._http("POST", "/lsn_lease", {"lsn": str(lsn), "ttl": LEASE_TTL})
-        return Lease(answer["lease_id"], lsn)
-
     def renew_lease(self, lease: Lease) -> None:
-        """Extend a lease; a pageserver that was restarted meanwhile takes it as a new one."""
+        """Take or extend a lease for LEASE_TTL seconds; one of the same id on another LSN moves.
+
+        Raises PageserverError; GoneError if pages at the LSN cannot be read any more.
+        """
         self._http("PUT", f"/lsn_lease/{lease.lease_id}", {"lsn": str(lease.lsn), "ttl": LEASE_TTL})
 
     def release_lease(self, lease: Lease) -> None:
@@ -158,7 +168,8 @@ class PageserverClient:
         except ValueError:
             document = None
         if response.status >= 300:
+            error = GoneError if response.status == _GONE else PageserverError
             if isinstance(document, dict) and "msg" in document:
-                raise PageserverError(document["msg"])
-            raise PageserverError(f"the pageserver answers HTTP status {response.status}")
+                raise error(document["msg"])
+            raise error(f"the pageserver answers HTTP status {response.status}")
         return document

@@ -207,8 +207,12 @@ def command_line(settings: Mapping[str, str], node: Node) -> dict[str, str]:
         forced["wal_receiver_create_temp_slot"] = "off"
     else:
         forced["synchronous_standby_names"] = node.standby_name
-        if node.safekeepers and settings.get("wal_keep_size") == _KEEP_FOR_EVER:
-            forced["wal_keep_size"] = _KEEP_SIZE
+        if node.safekeepers:
+            # The slot of a walproposer that has no quorum would be invalidated, and with it all
+            # commits: they would wait for ever.
+            forced["max_slot_wal_keep_size"] = "-1"
+            if settings.get("wal_keep_size") == _KEEP_FOR_EVER:
+                forced["wal_keep_size"] = _KEEP_SIZE
     return forced | _limits(settings, node)
 
 

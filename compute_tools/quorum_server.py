@@ -24,6 +24,7 @@ from compute_tools.lazy_map import MARKER
 from compute_tools.postgres_process import servers_in
 from compute_tools.quorum_settings import QuorumSettings, QuorumSettingsError
 from compute_tools.quorum_sidecar import Sidecar, SidecarError, make_spec
+from postgres_ffi.distrib import DistribError, find_distrib
 
 GENERATED = "postgresql.zenith.conf"
 
@@ -40,10 +41,13 @@ def prepare(server: str, library: str, arguments: Sequence[str]) -> list[str]:
     unchanged = [server, *arguments]
     pgdata, given = _parse(arguments)
     if pgdata is None or "config_file" in given or os.geteuid() == 0:
-        return unchanged  # the server knows what to say
+        return unchanged  # the server knows what to say, as below
     conf = pgdata / "postgresql.conf"
     config = ConfigFiles(pgdata, pgdata / GENERATED)
-    lines, automatic = config.read()
+    try:
+        lines, automatic = config.read()
+    except FileNotFoundError:
+        return unchanged
     settings = postgres_conf.parse([*lines, *automatic]) | given
     if postgres_conf.TWINS.keys().isdisjoint(settings):
         return unchanged
@@ -58,6 +62,7 @@ def prepare(server: str, library: str, arguments: Sequence[str]) -> list[str]:
         settings.get("shared_preload_libraries", ""), library
     )
     if settings.get("wal_acceptors"):
+        find_distrib(Path(server).parent.parent).require_commits_wait()
         quorum = QuorumSettings.of(settings, conf)
         spec = make_spec(quorum, pgdata, int(settings.get("port") or 5432))
         forced |= _quorum_settings(settings, spec.feedback_file)
@@ -113,7 +118,14 @@ def main() -> int:
     server, library, *arguments = sys.argv[1:]
     try:
         command = prepare(server, library, arguments)
-    except (OSError, QuorumServerError, QuorumSettingsError, SidecarError, ValueError) as e:
+    except (
+        DistribError,
+        OSError,
+        QuorumServerError,
+        QuorumSettingsError,
+        SidecarError,
+        ValueError,
+    ) as e:
         print(f"postgres: FATAL:  {e}", file=sys.stderr)
         return 1
     return os.execv(server, command)

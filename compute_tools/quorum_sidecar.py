@@ -89,6 +89,7 @@ class Sidecar:
         self._config = config
         self._pid = pid
         self._pidfd = pidfd
+        self._config_trouble = ""
         self._starting = True
         """Whether the server has still to be told that it may start."""
         self._wakeup, self._wakeup_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -198,8 +199,7 @@ class Sidecar:
         """Until the server ends (None), or must end (why)."""
         while True:
             if self._config.changed():
-                # For the next reload, which the user asks for.
-                self._config.generate_plain()
+                self._follow_config()
             wait = max(0.0, min(_TICK, keeper.next_check - time.monotonic()))
             if self._server_ended(wait):
                 return None
@@ -207,6 +207,18 @@ class Sidecar:
             if ended is not None:
                 followed = keeper.followed_postgres
                 return None if self._server_ended(_TICK if followed else 0.0) else ended
+
+    def _follow_config(self) -> None:
+        """Write the configuration for the next reload, which the user asks for."""
+        trouble = ""
+        try:
+            self._config.generate_plain()
+        except OSError as e:
+            trouble = str(e)
+        # The server goes on with what it has. What is tried again every time is told of once.
+        if trouble and trouble != self._config_trouble:
+            log.error("cannot follow the change of the configuration: %s", trouble)
+        self._config_trouble = trouble
 
     def _server_ended(self, timeout: float = 0.0) -> bool:
         """Whether it has ended; waits `timeout` seconds, at most until the walproposer speaks."""
@@ -236,7 +248,8 @@ def check_wal(spec: QuorumSpec, end: Lsn) -> None:
     for address in spec.safekeepers:
         try:
             with connect_safekeeper(address, spec) as conn:
-                conn.start_copy_both(f"START_REPLICATION {Lsn(segment_start(end - 1))} TIMELINE 1")
+                command = f"START_REPLICATION {Lsn(segment_start(end - 1))} TIMELINE 1"
+                conn.start_copy_both(command, timeout=_READ_TIMEOUT)
                 position = 0
                 reader = PgWalReader(spec.pgdata)
                 while position < end:

@@ -21,10 +21,10 @@ class ComputeSpec:
     """One compute node.
 
     `pgdata` is Postgres' data directory and holds the user's postgresql.conf; `state_dir` is the
-    supervisor's own (block map, generated settings, pid file). `lsn` makes the node read-only at
-    exactly that LSN; `hot_standby` makes it a read-only one that follows the timeline. With
-    `safekeepers` empty the pageserver itself acknowledges commits; `membership`, if it has members,
-    says more about each of them.
+    supervisor's own (block map, generated settings, what state.py keeps). `lsn` makes the node
+    read-only at exactly that LSN; `hot_standby` makes it a read-only one that follows the timeline.
+    With `safekeepers` empty the pageserver itself acknowledges commits; `membership`, if it has
+    members, says more about each of them.
     """
 
     tenant_id: TenantId

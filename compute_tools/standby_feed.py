@@ -193,7 +193,8 @@ def has_wal(address: Address, spec: ComputeSpec, lsn: Lsn) -> bool:
     """
     with connect_safekeeper(address, spec, _CHECK_TIMEOUT) as conn:
         try:
-            conn.start_copy_both(f"START_REPLICATION {Lsn(segment_start(lsn))} TIMELINE 1")
+            command = f"START_REPLICATION {Lsn(segment_start(lsn))} TIMELINE 1"
+            conn.start_copy_both(command, timeout=_CHECK_TIMEOUT)
             conn.recv_copy_data(timeout=_CHECK_TIMEOUT)
         except PqError as e:
             if e.sqlstate != WAL_IS_GONE:

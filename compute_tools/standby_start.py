@@ -141,7 +141,7 @@ def _read(conn: PqConnection, begin: int, version: PgVersion) -> tuple[list[Deco
 
     Where the timeline begins in this segment, so does what the safekeeper sends.
     """
-    conn.start_copy_both(f"START_REPLICATION {Lsn(begin)} TIMELINE 1")
+    conn.start_copy_both(f"START_REPLICATION {Lsn(begin)} TIMELINE 1", timeout=_READ_TIMEOUT)
     decoder: WalDecoder | None = None
     records: list[DecodedRecord] = []
     position = begin

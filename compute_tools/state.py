@@ -7,6 +7,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import shutil
 import struct
 from dataclasses import dataclass
@@ -19,8 +20,14 @@ log = logging.getLogger(__name__)
 
 _LOCK = "supervisor.lock"
 _STATE = "state.json"
+_LEASE = "lease"
+_LEASE_ID = re.compile(r"[0-9a-f]{32}")
 # struct flock of 64-bit Linux: type, whence, start, length, pid.
 _FLOCK = "hhqqi"
+# Of the lock, in bytes: a supervisor's reaches to the end of the file, however long. Both begin at
+# byte 0 and so exclude each other.
+_SUPERVISOR_LENGTH = 0
+_DESTROYER_LENGTH = 1
 
 
 class Phase(StrEnum):
@@ -35,11 +42,16 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ComputeState:
-    """What the supervisor last said, corrected by whether it is alive."""
+    """What the supervisor last said, corrected by whether it is alive.
+
+    While the node is `destroying`, `supervisor_pid` is the process that removes it: no supervisor,
+    and not to be signalled, since what it leaves half done nobody finishes.
+    """
 
     phase: Phase
     supervisor_pid: int | None
     reason: str
+    destroying: bool = False
 
     @property
     def ending(self) -> bool:
@@ -52,17 +64,20 @@ class AlreadyRunning(Exception):
     """Another process holds the node."""
 
 
-def lock(state_dir: Path) -> int:
+def lock(state_dir: Path, *, to_destroy: bool = False) -> int:
     """Become the only process that may touch the node; returns the descriptor of the lock.
+
+    With `to_destroy` not as its supervisor, which others can tell.
 
     The lock vanishes with the process, however it ends, and with any descriptor of the file that
     the process closes (fcntl(2)): do not read() the state while holding it. Raises AlreadyRunning
     and OSError.
     """
+    length = _DESTROYER_LENGTH if to_destroy else _SUPERVISOR_LENGTH
     while True:
         fd = os.open(state_dir / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, length)
         except (BlockingIOError, PermissionError):
             os.close(fd)
             raise AlreadyRunning("The node is already running") from None
@@ -82,6 +97,21 @@ def write(state_dir: Path, phase: Phase, reason: str = "") -> None:
         write_file_durably(state_dir / _STATE, data, sync=False, mode=0o644)
     except OSError as e:
         log.error("cannot record that the compute is %s: %s", phase, e)
+
+
+def lease_id(state_dir: Path) -> str:
+    """The id of the node's lease, the same in all of its lives. Only for the holder of the lock.
+
+    So the lease of a life that was killed passes on to the next one. Raises OSError.
+    """
+    path = state_dir / _LEASE
+    with contextlib.suppress(FileNotFoundError):
+        known = path.read_text(errors="replace")
+        if _LEASE_ID.fullmatch(known):
+            return known
+    new = os.urandom(16).hex()
+    write_file_durably(path, new.encode())
+    return new
 
 
 def remove_temp_files(state_dir: Path) -> None:
@@ -108,14 +138,17 @@ def forget(state_dir: Path) -> None:
 
 def read(state_dir: Path) -> ComputeState:
     """The node's state; a supervisor that died without a word has crashed."""
-    pid = _lock_holder(state_dir)
+    holder = _lock_holder(state_dir)
     while True:
         phase, reason = _said(state_dir)
         now = _lock_holder(state_dir)
-        if now == pid:
+        if now == holder:
             break
         # A supervisor came or went in between: what was read may not be its own word.
-        pid = now
+        holder = now
+    pid, destroying = holder
+    if destroying:
+        return ComputeState(Phase.STOPPING, pid, "", destroying=True)
     if pid is None and phase in (Phase.STARTING, Phase.RUNNING, Phase.STOPPING):
         phase, reason = Phase.CRASHED, "its supervisor was killed"
     return ComputeState(phase, pid, reason)
@@ -138,15 +171,20 @@ def _is_lock_file(fd: int, state_dir: Path) -> bool:
         return False
 
 
-def _lock_holder(state_dir: Path) -> int | None:
-    """Process that holds the lock, asked of the kernel without taking it (fcntl(2), F_GETLK)."""
+def _lock_holder(state_dir: Path) -> tuple[int | None, bool]:
+    """Process that holds the lock, and whether it destroys the node.
+
+    Asked of the kernel without taking the lock (fcntl(2), F_GETLK).
+    """
     try:
         fd = os.open(state_dir / _LOCK, os.O_RDONLY | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
-        return None
+        return None, False
     try:
         wanted = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-        kind, _, _, _, pid = struct.unpack(_FLOCK, fcntl.fcntl(fd, fcntl.F_GETLK, wanted))
-        return None if kind == fcntl.F_UNLCK else int(pid)
+        kind, _, _, length, pid = struct.unpack(_FLOCK, fcntl.fcntl(fd, fcntl.F_GETLK, wanted))
+        if kind == fcntl.F_UNLCK:
+            return None, False
+        return int(pid), length == _DESTROYER_LENGTH
     finally:
         os.close(fd)

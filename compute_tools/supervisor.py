@@ -24,7 +24,13 @@ from compute_tools.auth import auth_token
 from compute_tools.config_files import ConfigFiles, DirectoryWatch
 from compute_tools.feedback_file import FeedbackFile
 from compute_tools.lazy_map import LazyMapError, lazyfiles_environment
-from compute_tools.pageserver_client import LEASE_TTL, Lease, PageserverClient, PageserverError
+from compute_tools.pageserver_client import (
+    LEASE_RENEWAL,
+    GoneError,
+    Lease,
+    PageserverClient,
+    PageserverError,
+)
 from compute_tools.periodic import Periodic
 from compute_tools.postgres_process import (
     PostgresError,
@@ -107,6 +113,9 @@ class Supervisor:
         self._parts = _Parts()
         self._lag_limits = dict.fromkeys(postgres_conf.LAG_LIMITS, 0)
         self._limits: dict[str, int] = {}
+        self._config_trouble = ""
+        self._lease_lost = ""
+        """Why the pages at the base LSN cannot be had any more, if that is so."""
         self._feed = StandbyFeed(spec, self._ask_for_reload) if spec.hot_standby else None
         self._stop: StopMode | None = None
         self._stop_asked_at = 0.0
@@ -176,6 +185,8 @@ class Supervisor:
             end_leftovers(spec.pgdata)
             datadir.recover_swap(spec.pgdata, spec.state_dir)
             distrib = find_distrib(spec.distrib_dir)
+            if not spec.read_only:
+                distrib.require_commits_wait()
             modules = build_modules(distrib)
             replay = None
             if self._feed is not None:
@@ -187,11 +198,10 @@ class Supervisor:
                 f"path={spec.pgdata} port={spec.port}"
             )
             backup = self._pageserver.basebackup(base_lsn)
-            parts.lease = self._pageserver.acquire_lease(base_lsn)
+            parts.lease = Lease(state.lease_id(spec.state_dir), base_lsn)
+            self._pageserver.renew_lease(parts.lease)
         parts.renewal = Periodic(
-            "renewing the lease",
-            LEASE_TTL / 3,
-            partial(self._pageserver.renew_lease, parts.lease),
+            "renewing the lease", LEASE_RENEWAL, partial(self._renew_lease, parts.lease)
         )
         parts.renewal.start()
         with self._interruptible():
@@ -230,6 +240,16 @@ class Supervisor:
         if self._feed is not None:
             parts.calls = Periodic("asking the safekeepers", CHECK_INTERVAL, self._feed.check)
             parts.calls.start()
+
+    def _renew_lease(self, lease: Lease) -> None:
+        try:
+            self._pageserver.renew_lease(lease)
+        except GoneError as e:
+            # Blocks that are not here yet will never be: better no node than one with such holes.
+            self._lease_lost = (
+                f"the pageserver has no pages at {lease.lsn} for it any more ({e}): start it again"
+            )
+            self._wake()
 
     def _call_pageserver(self, file: FeedbackFile) -> None:
         self._pageserver.callmemaybe()
@@ -376,12 +396,18 @@ class Supervisor:
         """Postgres' reload reads the generated file, so it follows the user's at once."""
         # Before the file is written: what is asked for from now on comes with the next one.
         reload, self._reload = self._reload, False
+        trouble = ""
         try:
             settings = self._generate_config()
-            if self._parts.proposer is not None:
+            # What Postgres refuses, it refuses as a whole.
+            if self._parts.proposer is not None and self._config.complete:
                 self._set_limits(settings)
         except (OSError, ProposerError) as e:
-            log.error("cannot follow the change of the configuration: %s", e)
+            trouble = str(e)
+        # What cannot be read or written is tried again every time, and told of once.
+        if trouble and trouble != self._config_trouble:
+            log.error("cannot follow the change of the configuration: %s", trouble)
+        self._config_trouble = trouble
         if reload and self._parts.postgres is not None:
             self._parts.postgres.signal(signal.SIGHUP)
 
@@ -399,6 +425,8 @@ class Supervisor:
             ended = proposer.check()
             if ended is not None:
                 return ended
+        if self._lease_lost:
+            return self._lease_lost
         if self._spec.read_only and not (self._spec.pgdata / "standby.signal").exists():
             return "the read-only node was promoted: it would diverge from its timeline"
         return None if self._feed is None else self._why_standby_waits(self._feed)
@@ -479,10 +507,10 @@ class Supervisor:
             ):
                 trouble = "its last WAL, nothing acknowledged, did not reach the safekeepers"
             parts.proposer.stop()
-        if parts.renewal is not None:
-            renewing = not parts.renewal.stop(_THREAD_TIMEOUT)
-            if parts.lease is not None and not renewing:
-                self._release(parts.lease)
+        renewing = parts.renewal is not None and not parts.renewal.stop(_THREAD_TIMEOUT)
+        # Also where a start was broken off before it had the answer.
+        if parts.lease is not None and not renewing:
+            self._release(parts.lease)
         return trouble
 
     def _release(self, lease: Lease) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 
 from control_plane.errors import ControlPlaneError
@@ -16,14 +17,19 @@ def parse_address(text: str, default_port: int | None = None) -> tuple[str, int]
         raise ControlPlaneError(f"{e}: correct the config") from e
 
 
-def can_listen(host: str, port: int) -> bool:
-    """Whether nobody listens at an address of this machine, so that a server could."""
+def listen_error(host: str, port: int) -> OSError | None:
+    """Why a server could not listen at an address of this machine; None if it could."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as sock:
         # As servers do: connections of before that are on their way out do not count.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             sock.bind((host, port))
-        except OSError:
-            return False
-    return True
+        except OSError as e:
+            return e
+    return None
+
+
+def is_taken(error: OSError) -> bool:
+    """Whether somebody listens there, and not that the address is not ours to listen at."""
+    return error.errno == errno.EADDRINUSE

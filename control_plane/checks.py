@@ -104,8 +104,12 @@ def _postgres(env: LocalEnv | None) -> Iterator[Finding]:
             " or POSTGRES_DISTRIB_DIR before zenith init",
         )
         return
-    number = f"{distrib.version_num // 10000}.{distrib.version_num % 10000}"
-    yield ok("postgres", f"{number} in {distrib.bin_dir.parent}")
+    try:
+        distrib.require_commits_wait()
+    except DistribError as e:
+        yield fail("postgres", str(e), "on Debian: apt-get install postgresql-15")
+    else:
+        yield ok("postgres", f"{distrib.release} in {distrib.bin_dir.parent}")
     package = f"postgresql-server-dev-{distrib.major}"
     if distrib.include_server_dir is None:
         yield fail(
@@ -156,6 +160,7 @@ def _user() -> Finding:
 
 def _paths(place: Path) -> Iterator[Finding]:
     """The environment and the cache: ours to write, and where Postgres' user gets at them."""
+    from pgxn.build import can_be_preloaded
     from zenith_utils.cache_dir import cache_dir
 
     yield from _path("environment", place)
@@ -166,7 +171,14 @@ def _paths(place: Path) -> Iterator[Finding]:
             "cache", f"cannot be made: {e}", "set ZENITH_CACHE_DIR to a directory of your own"
         )
         return
-    yield from _path("cache", cache)
+    if can_be_preloaded(cache):
+        yield from _path("cache", cache)
+    else:
+        yield fail(
+            "cache",
+            f"modules cannot be loaded from {cache}, which has a blank or a colon in it",
+            "set ZENITH_CACHE_DIR to a directory that has none",
+        )
 
 
 def _path(check: str, path: Path) -> Iterator[Finding]:
@@ -209,14 +221,14 @@ def _disk_space(place: Path) -> Finding:
 
 
 def _descriptors() -> Finding:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    text = "unlimited" if soft == resource.RLIM_INFINITY else str(soft)
-    if soft != resource.RLIM_INFINITY and soft < _MIN_DESCRIPTORS:
-        remedy = f"ulimit -n {_MIN_DESCRIPTORS} or more before zenith start"
-        if hard != resource.RLIM_INFINITY and hard < _MIN_DESCRIPTORS:
-            remedy = f"raise the hard limit, {hard}, in /etc/security/limits.conf"
-        return warn("open files", f"at most {text}, few for many branches", remedy)
-    return ok("open files", f"at most {text}")
+    # The daemons take as many as they may have.
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY:
+        return ok("open files", "unlimited")
+    if hard < _MIN_DESCRIPTORS:
+        remedy = f"raise the hard limit, {hard}, in /etc/security/limits.conf"
+        return warn("open files", f"at most {hard}, few for many branches", remedy)
+    return ok("open files", f"at most {hard}")
 
 
 def existing(path: Path) -> Path:

@@ -11,8 +11,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from compute_tools import postgres_conf, state
 from compute_tools.auth import AUTH_TOKEN_VARIABLE, password_placeholder
@@ -20,9 +22,9 @@ from compute_tools.safekeeper_membership import NOT_KNOWN
 from compute_tools.spec import ComputeSpec, SpecError, address_text
 from control_plane import auth, membership, node_safekeepers
 from control_plane.addresses import parse_address
-from control_plane.environment import daemon_environment
+from control_plane.environment import compute_environment
 from control_plane.errors import ControlPlaneError
-from control_plane.local_env import LocalEnv
+from control_plane.local_env import LAST_PORT, LocalEnv
 from control_plane.processes import signal_holder
 from zenith_utils.durable import write_file_durably
 from zenith_utils.duration import parse_duration
@@ -33,7 +35,6 @@ from zenith_utils.os_user import give
 Say = Callable[[str], None]
 
 FIRST_PORT = 55432
-LAST_PORT = 65535
 SUPERUSER = "zenith_admin"
 STOP_TIMEOUT = 20.0
 # Beyond the time that Postgres has for a fast stop: the last WAL is pushed, what is left ended.
@@ -49,6 +50,7 @@ _STANDBY_SETTINGS = {
     "wal_retrieve_retry_interval": "200ms",
 }
 _NODE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
+_NOT_IN_NODE_NAME = re.compile(r"[^A-Za-z0-9_.\-]")
 _PLAIN_VALUE = re.compile(r"\d+(?:B|kB|MB|GB|TB|us|ms|s|min|h|d)?|[A-Za-z_]\w*", re.ASCII)
 
 
@@ -96,9 +98,11 @@ class Compute:
     def status(self) -> str:
         """One word for the list: running, starting, stopping, stopped, crashed."""
         said = state.read(self.state_dir)
-        if said.phase is state.Phase.RUNNING and not _accepts(self.port):
-            return "crashed"
-        return str(said.phase)
+        return "crashed" if self._has_just_crashed(said) else str(said.phase)
+
+    def _has_just_crashed(self, said: state.ComputeState) -> bool:
+        """Whether Postgres has gone, and its supervisor is about to notice."""
+        return said.phase is state.Phase.RUNNING and not _accepts(self.port)
 
     def why_crashed(self) -> str:
         """What a supervisor has left as the reason of a crash, empty if there was none."""
@@ -113,10 +117,7 @@ class Compute:
         self._wait_for_earlier_end()
         if state.read(self.state_dir).supervisor_pid is not None:
             raise ControlPlaneError("The node is already running")
-        environment = {
-            **daemon_environment(),
-            "PATH": os.environ.get("PATH", os.defpath),
-        }
+        environment = compute_environment()
         if auth.needs_token(self.env):
             environment[AUTH_TOKEN_VARIABLE] = auth.tenant_token(self.env, self.tenant_id)
         _make_directory(self.state_dir)
@@ -125,35 +126,39 @@ class Compute:
         read_fd, write_fd = os.pipe()
         with os.fdopen(read_fd, "rb") as status, (self.state_dir / "compute.log").open("ab") as log:
             try:
-                process = subprocess.Popen(
-                    [
-                        sys.executable,
-                        "-P",
-                        "-m",
-                        "compute_tools",
-                        f"--spec={spec_path}",
-                        f"--status-fd={write_fd}",
-                    ],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    pass_fds=(write_fd,),
-                    start_new_session=True,
-                    env=environment,
-                    cwd=self.state_dir,
-                )
+                process = self._launch(spec_path, environment, write_fd, log)
             finally:
                 os.close(write_fd)
             try:
-                self._follow_start(status, say)
+                with _ended_by_interrupt(process):
+                    self._follow_start(status, say)
             except ControlPlaneError:
                 process.wait()
                 raise
-            except KeyboardInterrupt:
-                # It leads a session of its own: the terminal has not told it.
-                process.terminate()
-                process.wait()
-                raise
+
+    def _launch(
+        self, spec_path: Path, environment: dict[str, str], status_fd: int, log: BinaryIO
+    ) -> subprocess.Popen[bytes]:
+        """The supervisor, as soon as others see that there is one, or it has ended.
+
+        Before that, branches are settled as if they had no compute: not while we are here.
+        """
+        command = [sys.executable, "-P", "-m", "compute_tools"]
+        with self.env.starting_compute():
+            process = subprocess.Popen(
+                [*command, f"--spec={spec_path}", f"--status-fd={status_fd}"],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=(status_fd,),
+                start_new_session=True,
+                env=environment,
+                cwd=self.state_dir,
+            )
+            with _ended_by_interrupt(process):
+                while process.poll() is None and state.read(self.state_dir).supervisor_pid is None:
+                    time.sleep(_POLL)
+        return process
 
     def stop(self, say: Say, *, destroy: bool) -> None:
         """Stop the node: cleanly, or at once and for good with `destroy`."""
@@ -172,7 +177,7 @@ class Compute:
 
         _make_directory(self.state_dir)
         try:
-            lock = state.lock(self.state_dir)
+            lock = state.lock(self.state_dir, to_destroy=True)
             try:
                 end_leftovers(self.pgdata)
                 datadir.destroy(self.pgdata, self.state_dir)
@@ -186,7 +191,10 @@ class Compute:
     def _wait_for_earlier_end(self) -> None:
         """The node has crashed or been stopped, and its supervisor is cleaning up after it."""
         deadline = time.monotonic() + self.stop_timeout + _STOP_GRACE
-        while state.read(self.state_dir).ending and time.monotonic() < deadline:
+        while time.monotonic() < deadline:
+            said = state.read(self.state_dir)
+            if not said.ending and not self._has_just_crashed(said):
+                return
             time.sleep(_POLL)
 
     def _follow_start(self, status: Iterator[bytes], say: Say) -> None:
@@ -231,30 +239,46 @@ class Compute:
 def stop_supervisor(name: str, state_dir: Path, say: Say, *, immediate: bool) -> None:
     """Stop the node of a state directory if it lives, and wait for its end.
 
-    Raises ControlPlaneError.
+    A process that destroys the node is waited for, too. Raises ControlPlaneError.
     """
 
     def supervisor() -> int | None:
-        return state.read(state_dir).supervisor_pid
+        said = state.read(state_dir)
+        return None if said.destroying else said.supervisor_pid
 
+    role = "supervised"
     pid = signal_holder(supervisor, signal.SIGQUIT if immediate else signal.SIGTERM)
     if pid is None:
-        return
+        said = state.read(state_dir)
+        if not said.destroying:
+            return
+        pid, role = said.supervisor_pid, "being destroyed"
     say("waiting for server to shut down....")
     try:
         timeout = ComputeSpec.load(state_dir / "spec.json").stop_timeout
     except SpecError:
         timeout = STOP_TIMEOUT
     deadline = time.monotonic() + timeout + _STOP_GRACE
-    while supervisor() == pid:
+    while state.read(state_dir).supervisor_pid == pid:
         if time.monotonic() > deadline:
             raise ControlPlaneError(
-                f"postgres {name}, supervised by process {pid}, does not stop; "
+                f"postgres {name}, {role} by process {pid}, does not stop; "
                 f"see {state_dir}/compute.log"
             )
         time.sleep(_POLL)
     reason = state.read(state_dir).reason
     say("server stopped" + (f" ({reason})" if reason else ""))
+
+
+@contextmanager
+def _ended_by_interrupt(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """It leads a session of its own: an interrupt of the terminal does not reach it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        raise
 
 
 class ComputeControlPlane:
@@ -282,12 +306,14 @@ class ComputeControlPlane:
                 on_broken(e)
         return found
 
-    def follow_safekeepers(self, before: node_safekeepers.Addresses) -> list[Compute]:
+    def follow_safekeepers(
+        self, before: node_safekeepers.Addresses, on_broken: Callable[[ControlPlaneError], None]
+    ) -> list[Compute]:
         """Give the environment's safekeepers to all nodes that have those of before.
 
         Returns the nodes among them that run, and go on with those of before until they are
         started anew. A node at an LSN has no use for safekeepers. Nodes whose settings cannot be
-        read are left out.
+        read are left out; of those whose settings cannot be written `on_broken` is told.
         """
         addresses = node_safekeepers.own_addresses(self._env)
         running = []
@@ -298,13 +324,16 @@ class ComputeControlPlane:
                 continue
             for node in nodes:
                 if sorted(node.safekeepers) == sorted(before) and before:
-                    node_safekeepers.follow(node.pgdata, addresses)
+                    try:
+                        node_safekeepers.follow(node.pgdata, addresses)
+                    except OSError as e:
+                        on_broken(_not_followed(node, e))
                     if node.lsn is None and state.read(node.state_dir).supervisor_pid is not None:
                         running.append(node)
         return running
 
     def living(self) -> list[tuple[str, Path]]:
-        """Name and state directory of each node of any tenant that has a supervisor."""
+        """Name and state directory of each node of any tenant that runs or is being destroyed."""
         directories = sorted((self._env.repo_dir / "computes").glob("*/*"))
         return [(d.name, d) for d in directories if state.read(d).supervisor_pid is not None]
 
@@ -393,7 +422,7 @@ class ComputeControlPlane:
                 name=name,
                 tenant_id=TenantId.parse(settings["zenith.zenith_tenant"]),
                 timeline_id=TimelineId.parse(settings["zenith.zenith_timeline"]),
-                port=int(settings["port"]),
+                port=_port(settings["port"]),
                 lsn=None if lsn is None else Lsn.parse(lsn),
                 safekeepers=_safekeepers(settings),
                 hot_standby=settings.get("zenith.hot_standby") == "on",
@@ -401,6 +430,12 @@ class ComputeControlPlane:
             )
         except (OSError, KeyError, ValueError, ControlPlaneError) as e:
             raise ControlPlaneError(f"cannot read the settings of node {name} in {path}") from e
+
+
+def node_name(branch: str) -> str:
+    """A name of a node after its branch: what it must not hold is `_`, as in feature_x."""
+    name = _NOT_IN_NODE_NAME.sub("_", branch)
+    return name if _NODE_NAME.fullmatch(name) else f"_{name}"
 
 
 def postgresql_conf(compute: Compute) -> str:
@@ -444,6 +479,13 @@ def postgresql_conf(compute: Compute) -> str:
     return "".join(f"{name}={_quoted(value)}\n" for name, value in settings.items())
 
 
+def _port(text: str) -> int:
+    port = int(text)
+    if not 1 <= port <= LAST_PORT:
+        raise ValueError(f"port {port} must be from 1 to {LAST_PORT}")
+    return port
+
+
 def _safekeepers(settings: dict[str, str]) -> tuple[tuple[str, int], ...]:
     """The addresses of wal_acceptors; a node without the setting does without safekeepers."""
     text = settings.get("wal_acceptors")
@@ -467,6 +509,15 @@ def _make_directory(path: Path) -> None:
     _make_directory(path.parent)
     path.mkdir(exist_ok=True)
     path.chmod(0o755)
+
+
+def _not_followed(node: Compute, cause: OSError) -> ControlPlaneError:
+    error = ControlPlaneError(
+        f"cannot write the new safekeepers into the settings of node {node.name}: "
+        "that is tried again at its next start"
+    )
+    error.__cause__ = cause
+    return error
 
 
 def _accepts(port: int) -> bool:

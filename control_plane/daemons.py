@@ -28,16 +28,12 @@ _POLL_MAX = 0.25
 
 
 @dataclass(frozen=True, slots=True)
-class Daemon:
-    """One server process of the environment, as the command line deals with it."""
+class ServerProcess:
+    """One server process as far as its directory tells: whether it runs, and how it is stopped."""
 
     title: str  # in messages that tell safekeepers apart: Pageserver, Safekeeper 1
     kind: str  # in messages: pageserver, safekeeper
     work_dir: Path
-    command: tuple[str, ...]
-    pg_address: tuple[str, int]
-    http_address: tuple[str, int]
-    shown_address: str
 
     @property
     def pid_file(self) -> Path:
@@ -52,38 +48,6 @@ class Daemon:
     def running_pid(self) -> int | None:
         """Process id of the daemon if it lives: the lock of its pid file says so."""
         return running_pid(self.pid_file)
-
-    def start(self, say: Say) -> None:
-        """Start the daemon and wait until it answers; one that runs already is left alone.
-
-        Raises ControlPlaneError.
-        """
-        pid = self.running_pid()
-        if pid is not None:
-            say(f"{self.title} is already running with pid {pid}")
-            return
-        say(f"Starting {self.kind} at '{self.shown_address}' in '{self.work_dir}'")
-        word = self.kind.capitalize()
-        process = subprocess.run(
-            self.command, env=daemon_environment(), stdin=subprocess.DEVNULL, check=False
-        )
-        if process.returncode != 0:
-            raise ControlPlaneError(f"{word} failed to start. See '{self.log_file}' for details.")
-        deadline = time.monotonic() + START_TIMEOUT
-        pause = _POLL_START
-        while not self._answers():
-            if self.running_pid() is None:
-                raise ControlPlaneError(
-                    f"{word} ended while starting. See '{self.log_file}' for details."
-                )
-            if time.monotonic() > deadline:
-                raise ControlPlaneError(
-                    f"{self.kind} failed to start in {START_TIMEOUT:.0f} seconds. "
-                    f"See '{self.log_file}' for details."
-                )
-            time.sleep(pause)
-            pause = min(2 * pause, _POLL_MAX)
-        say(f"{word} started")
 
     def stop(self, say: Say, *, immediate: bool) -> None:
         """Stop the daemon and wait until it is gone; one that does not run is no error.
@@ -111,11 +75,70 @@ class Daemon:
                 say(f"{word} still receives connections")
             time.sleep(_POLL_START)
         say(f"{word} stopped receiving connections")
+        self._tell_of_address(say)
+
+    def _tell_of_address(self, say: Say) -> None:
+        """Say whether the address of what has been stopped is free; here it is not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Daemon(ServerProcess):
+    """A server of the configuration, as the command line deals with it."""
+
+    command: tuple[str, ...]
+    pg_address: tuple[str, int]
+    http_address: tuple[str, int]
+    shown_address: str
+
+    def start(self, say: Say) -> None:
+        """Start the daemon, unless it runs already, and wait until it answers.
+
+        An interrupt from the keyboard stops it again if it was started here. Raises
+        ControlPlaneError.
+        """
+        pid = self.running_pid()
+        if pid is not None:
+            say(f"{self.title} is already running with pid {pid}")
+            self._wait_for_answer()
+            return
+        say(f"Starting {self.kind} at '{self.shown_address}' in '{self.work_dir}'")
+        word = self.kind.capitalize()
+        # In a session of its own: the terminal's interrupt is for us, who know what to undo.
+        process = subprocess.Popen(
+            self.command,
+            env=daemon_environment(),
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         try:
-            status = self._status().status
-            say(f"{word} status is: somebody else answers at its address ({status})")
-        except http_client.UnreachableError as e:
-            say(f"{word} status is: {e}")
+            if process.wait() != 0:
+                raise ControlPlaneError(
+                    f"{word} failed to start. See '{self.log_file}' for details."
+                )
+            self._wait_for_answer()
+        except KeyboardInterrupt:
+            # Before it has gone to the background, there is nobody to find yet.
+            if process.wait() == 0:
+                self.stop(say, immediate=False)
+            raise
+        say(f"{word} started")
+
+    def _wait_for_answer(self) -> None:
+        word = self.kind.capitalize()
+        deadline = time.monotonic() + START_TIMEOUT
+        pause = _POLL_START
+        while not self._answers():
+            if self.running_pid() is None:
+                raise ControlPlaneError(
+                    f"{word} ended while starting. See '{self.log_file}' for details."
+                )
+            if time.monotonic() > deadline:
+                raise ControlPlaneError(
+                    f"{self.kind} failed to start in {START_TIMEOUT:.0f} seconds. "
+                    f"See '{self.log_file}' for details."
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, _POLL_MAX)
 
     def is_running(self) -> bool:
         """Whether the process of the pid file lives and takes connections."""
@@ -136,6 +159,14 @@ class Daemon:
         if not answer.ok:
             raise ControlPlaneError(f"{self.kind} failed to start: {answer.error}")
         return True
+
+    def _tell_of_address(self, say: Say) -> None:
+        word = self.kind.capitalize()
+        try:
+            status = self._status().status
+            say(f"{word} status is: somebody else answers at its address ({status})")
+        except http_client.UnreachableError as e:
+            say(f"{word} status is: {e}")
 
     def _status(self) -> http_client.Answer:
         return http_client.request(self.http_address, "GET", "/v1/status", timeout=STATUS_TIMEOUT)
@@ -179,3 +210,17 @@ def safekeeper(env: LocalEnv, node_id: int) -> Daemon:
         http_address=("127.0.0.1", conf.http_port),
         shown_address=f"127.0.0.1:{conf.pg_port}",
     )
+
+
+def removed_safekeepers(env: LocalEnv) -> dict[int, ServerProcess]:
+    """Safekeepers by id that run though the configuration does not name them (any more).
+
+    A change of the safekeepers that is broken off leaves the one it has removed so.
+    """
+    named = {conf.id for conf in env.safekeepers}
+    found = {
+        node_id: ServerProcess(f"Safekeeper {node_id}", "safekeeper", env.safekeeper_dir(node_id))
+        for node_id in env.safekeeper_ids_on_disk()
+        if node_id not in named
+    }
+    return {node_id: p for node_id, p in found.items() if p.running_pid() is not None}

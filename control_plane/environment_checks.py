@@ -7,10 +7,11 @@ import tomllib
 from collections.abc import Iterator
 
 from compute_tools import state
+from compute_tools.spec import address_text
 from control_plane import auth, daemons, membership
-from control_plane.addresses import can_listen
+from control_plane.addresses import is_taken, listen_error
 from control_plane.checks import Finding, fail, ok, warn
-from control_plane.compute import ComputeControlPlane
+from control_plane.compute import Compute, ComputeControlPlane
 from control_plane.daemons import Daemon
 from control_plane.errors import ControlPlaneError
 from control_plane.local_env import LocalEnv, PageserverConf, SafekeeperConf, unknown_keys
@@ -23,8 +24,11 @@ def environment_checks(env: LocalEnv) -> Iterator[Finding]:
     yield from _config(env)
     yield from _keys(env)
     yield from _disks(env)
-    servers = [daemons.pageserver(env)]
-    servers += [daemons.safekeeper(env, conf.id) for conf in env.safekeepers]
+    servers = [daemons.safekeeper(env, conf.id) for conf in env.safekeepers]
+    try:
+        servers.insert(0, daemons.pageserver(env))
+    except ControlPlaneError as e:
+        yield fail("ports of pageserver", str(e), f"correct it in {env.config_path}")
     for server in servers:
         yield from _ports(server)
     yield _pid_files(servers)
@@ -37,7 +41,7 @@ def default_port_checks() -> Iterator[Finding]:
     addresses = [pageserver.listen_pg_addr, pageserver.listen_http_addr]
     ports = [int(address.rpartition(":")[2]) for address in addresses]
     ports += [safekeeper.pg_port, safekeeper.http_port]
-    taken = [str(port) for port in ports if not can_listen("127.0.0.1", port)]
+    taken = [str(port) for port in ports if listen_error("127.0.0.1", port) is not None]
     if taken:
         yield warn(
             "ports",
@@ -110,14 +114,26 @@ def _ports(server: Daemon) -> Iterator[Finding]:
                 f"see {server.log_file}; zenith stop -m immediate, then zenith start",
             )
         return
-    taken = [str(port) for host, port in addresses if not can_listen(host, port)]
+    errors = [(address, listen_error(*address)) for address in addresses]
+    taken = [str(port) for (_, port), error in errors if error is not None and is_taken(error)]
+    refused = [
+        f"{address_text(*address)} ({error.strerror})"
+        for address, error in errors
+        if error is not None and not is_taken(error)
+    ]
+    if refused:
+        yield fail(
+            check,
+            f"it could not listen on {', '.join(refused)}",
+            "change the address in the config, or run zenith as a user that may",
+        )
     if taken:
         yield fail(
             check,
             f"it does not run, and somebody else listens on {', '.join(taken)}",
             "find out who with `ss -ltnp` and stop it, or change the port in the config",
         )
-    else:
+    if not taken and not refused:
         yield ok(check, f"{text} are free; it does not run")
 
 
@@ -155,13 +171,23 @@ def _nodes(env: LocalEnv) -> Iterator[Finding]:
                     f"has crashed: {(said.reason or 'no reason known').splitlines()[0]}",
                     f"zenith pg start {node.name}",
                 )
-            elif said.supervisor_pid is None and not can_listen("127.0.0.1", node.port):
-                yield fail(
-                    f"postgres {node.name}",
-                    f"is stopped, and somebody else listens on its port {node.port}",
-                    f"change port in {node.pgdata}/postgresql.conf",
-                )
+            elif said.supervisor_pid is None:
+                yield from _node_port(node)
     for error in broken:
         yield fail(
             "nodes", f"{error}: {error.__cause__}", "correct the file, or remove its directory"
         )
+
+
+def _node_port(node: Compute) -> Iterator[Finding]:
+    error = listen_error("127.0.0.1", node.port)
+    if error is None:
+        return
+    why = f"it could not listen on its port {node.port} ({error.strerror})"
+    if is_taken(error):
+        why = f"somebody else listens on its port {node.port}"
+    yield fail(
+        f"postgres {node.name}",
+        f"is stopped, and {why}",
+        f"change port in {node.pgdata}/postgresql.conf",
+    )

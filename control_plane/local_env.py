@@ -9,7 +9,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from control_plane.errors import ConfigError, ControlPlaneError
 from zenith_utils.durable import write_file_durably
 from zenith_utils.ids import TenantId, TimelineId
 
+LAST_PORT = 65535
 DEFAULT_BRANCH = "main"
 DEFAULT_REPO_DIR = ".zenith"
 CONFIG_FILE = "config"
@@ -134,6 +135,11 @@ class LocalEnv:
         """Work directory of a safekeeper."""
         return self.repo_dir / "safekeepers" / f"sk{node_id}"
 
+    def safekeeper_ids_on_disk(self) -> list[int]:
+        """Ids of the safekeepers that have a directory, in the configuration or not."""
+        names = [path.name for path in self.safekeeper_dir(0).parent.glob("sk*")]
+        return sorted(int(name[2:]) for name in names if name[2:].isdecimal())
+
     def pgdata_dirs(self, tenant_id: TenantId) -> Path:
         """Directory of a tenant's compute data directories."""
         return self.repo_dir / "pgdatadirs" / "tenants" / str(tenant_id)
@@ -217,12 +223,23 @@ class LocalEnv:
         self.safekeeper_generation = saved.safekeeper_generation
         self.earlier_generations = saved.earlier_generations
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Keep other commands from changing the configuration or making nodes meanwhile."""
-        fd = os.open(self.repo_dir / "config.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        return self._holding("config.lock", fcntl.LOCK_EX)
+
+    def starting_compute(self) -> AbstractContextManager[None]:
+        """Keep others out of electing leaders without a compute; other starts go on meanwhile."""
+        return self._holding("settling.lock", fcntl.LOCK_SH)
+
+    def settling_branch(self) -> AbstractContextManager[None]:
+        """Keep computes from being started that an election without a compute would fence."""
+        return self._holding("settling.lock", fcntl.LOCK_EX)
+
+    @contextmanager
+    def _holding(self, name: str, operation: int) -> Iterator[None]:
+        fd = os.open(self.repo_dir / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            fcntl.flock(fd, operation)
             yield
         finally:
             os.close(fd)
@@ -231,24 +248,25 @@ class LocalEnv:
         """The file's text; the listen addresses stay the last two lines: scripts edit them."""
         lines = [_HEADER.rstrip()]
         if self.default_tenant_id is not None:
-            lines.append(f"default_tenant_id = {_quoted(self.default_tenant_id)}")
-        lines.append(f"pg_distrib_dir = {_quoted(self.pg_distrib_dir)}")
-        lines.append(f"private_key_path = {_quoted(self.private_key_path)}")
+            lines.append(f"default_tenant_id = {toml_string(self.default_tenant_id)}")
+        lines.append(f"pg_distrib_dir = {toml_string(self.pg_distrib_dir)}")
+        lines.append(f"private_key_path = {toml_string(self.private_key_path)}")
         if self.safekeeper_generation:
             lines.append(f"safekeeper_generation = {self.safekeeper_generation}")
-        lines.append(f"zenith_distrib_dir = {_quoted(self.zenith_distrib_dir)}")
+        lines.append(f"zenith_distrib_dir = {toml_string(self.zenith_distrib_dir)}")
         for conf in self.safekeepers:
             lines += ["", "[[safekeepers]]"]
             lines += [f"http_port = {conf.http_port}", f"id = {conf.id}"]
-            lines += [] if not conf.instance else [f"instance = {_quoted(conf.instance)}"]
+            lines += [] if not conf.instance else [f"instance = {toml_string(conf.instance)}"]
             lines += [f"pg_port = {conf.pg_port}", f"sync = {str(conf.sync).lower()}"]
-            lines += [f"{name} = {_quoted(value)}" for name, value in conf.wal_options.items()]
+            lines += [f"{name} = {toml_string(value)}" for name, value in conf.wal_options.items()]
         for generation in self.earlier_generations:
             lines += ["", "[[earlier_safekeeper_generations]]", "members = ["]
-            lines += [
-                f"    {{ id = {m.id}, instance = {_quoted(m.instance)}, pg_port = {m.pg_port} }},"
-                for m in generation.members
-            ]
+            for m in generation.members:
+                instance = toml_string(m.instance)
+                lines.append(
+                    f"    {{ id = {m.id}, instance = {instance}, pg_port = {m.pg_port} }},"
+                )
             lines += ["]", f"number = {generation.number}"]
         lines += ["", "[branch_name_mappings]"]
         for name, timelines in sorted(self.branches.items()):
@@ -258,7 +276,7 @@ class LocalEnv:
         lines += ["", "[pageserver]"]
         for name in ("auth_token", "auth_type", "id", "listen_http_addr", "listen_pg_addr"):
             value = getattr(self.pageserver, name)
-            text = str(value) if isinstance(value, int) else _quoted(value)
+            text = str(value) if isinstance(value, int) else toml_string(value)
             lines.append(f"{name} = {text}")
         return "\n".join(lines) + "\n"
 
@@ -327,6 +345,8 @@ def _known(kind: type[_T], values: dict[str, Any]) -> _T:
     for name in defaults.keys() & values.keys():
         if type(values[name]) is not type(defaults[name]):
             raise ValueError(f"{name} must be of type {type(defaults[name]).__name__}")
+        if name.endswith("_port") and not 1 <= values[name] <= LAST_PORT:
+            raise ValueError(f"{name} {values[name]} is no port: it must be from 1 to {LAST_PORT}")
         arguments[name] = values[name]
     return kind(**arguments)
 
@@ -336,7 +356,7 @@ def _generation(values: dict[str, Any]) -> SafekeeperGeneration:
     return SafekeeperGeneration(values["number"], members)
 
 
-def _quoted(value: object) -> str:
+def toml_string(value: object) -> str:
     """A TOML string: literal, or basic where that cannot hold the text."""
     text = str(value)
     return f"'{text}'" if text.isprintable() and "'" not in text else _escaped(text)

@@ -99,7 +99,7 @@ class Overview:
     branches: tuple[BranchStatus, ...]
     nodes: tuple[NodeStatus, ...]
     troubles: tuple[str, ...]
-    """What could not be found out."""
+    """What could not be found out, and what runs though it should not."""
 
 
 def collect(env: LocalEnv) -> Overview:
@@ -110,6 +110,10 @@ def collect(env: LocalEnv) -> Overview:
         servers += [daemons.safekeeper(env, conf.id) for conf in env.safekeepers]
         ids = [None, *(conf.id for conf in env.safekeepers)]
         found = tuple(pool.map(_daemon_status, servers, ids))
+        troubles += [
+            f"safekeeper {node_id} was removed and still runs: zenith safekeeper stop {node_id}"
+            for node_id in daemons.removed_safekeepers(env)
+        ]
         up = found[0].state == "running"
         tenants, infos = _pageserver(env, troubles) if up else ([], [])
         positions = _safekeeper_positions(env, found, pool, troubles)

@@ -1,8 +1,10 @@
 """Changes of who the safekeepers of an environment are; each begins a new generation.
 
 In this order: the new one's directory gets its instance, so that it is pinned from the start; the
-configuration is replaced in one step; then the nodes' settings follow. A crash leaves at most a
-directory that nobody knows, or nodes that follow at their next start.
+configuration is replaced in one step; then the nodes' settings follow, and the caller stops the old
+one and starts the new one. A crash leaves at most a directory that nobody knows, nodes that follow
+at their next start, a new one that is yet to be started, and a removed one that still runs: it is
+found by its directory (daemons.removed_safekeepers), and computes that are started do not ask it.
 """
 
 from __future__ import annotations
@@ -13,15 +15,14 @@ from dataclasses import replace as copy
 from functools import partial
 
 from control_plane import daemons, membership, node_safekeepers
-from control_plane.addresses import can_listen, parse_address
+from control_plane.addresses import is_taken, listen_error, parse_address
 from control_plane.compute import Compute, ComputeControlPlane
 from control_plane.daemons import Daemon
 from control_plane.environment import daemon_environment
 from control_plane.errors import ControlPlaneError
-from control_plane.local_env import LocalEnv, SafekeeperConf
+from control_plane.local_env import LAST_PORT, LocalEnv, SafekeeperConf
 
 _HOST = "127.0.0.1"
-_LAST_PORT = 65535
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,8 @@ class Change:
     removed: tuple[Daemon, ...]
     added: int | None
     running_nodes: tuple[Compute, ...]
+    troubles: tuple[ControlPlaneError, ...] = ()
+    """What went wrong after it was saved, and does not undo it."""
 
 
 def add(env: LocalEnv, node_id: int | None, pg_port: int | None, http_port: int | None) -> Change:
@@ -39,6 +42,12 @@ def add(env: LocalEnv, node_id: int | None, pg_port: int | None, http_port: int 
         env.refresh()
         _pin(env)
         present = list(env.safekeepers)
+        if not present:
+            raise ControlPlaneError(
+                "this environment was made without safekeepers: its nodes write to the pageserver "
+                "and would not be held back by a node that writes to safekeepers. Make another "
+                "environment: zenith init"
+            )
         conf = _new_safekeeper(env, present, present, node_id, pg_port, http_port)
         return _change(env, [copy(c) for c in env.safekeepers], conf, None)
 
@@ -107,8 +116,9 @@ def _change(
         new.instance = _make_directory(env, new.id)
     env.safekeepers.sort(key=lambda conf: conf.id)
     env.save()
-    running = ComputeControlPlane(env).follow_safekeepers(before)
-    return Change(removed, None if new is None else new.id, tuple(running))
+    troubles: list[ControlPlaneError] = []
+    running = ComputeControlPlane(env).follow_safekeepers(before, troubles.append)
+    return Change(removed, None if new is None else new.id, tuple(running), tuple(troubles))
 
 
 def _pin(env: LocalEnv) -> None:
@@ -135,6 +145,10 @@ def _new_safekeeper(
         node_id = 1 + max(_known_ids(env), default=0)
     elif any(conf.id == node_id for conf in others):
         raise ControlPlaneError(f"there is a safekeeper {node_id} already: choose another --id")
+    elif node_id in daemons.removed_safekeepers(env):
+        raise ControlPlaneError(
+            f"safekeeper {node_id}, which was removed, still runs: zenith safekeeper stop {node_id}"
+        )
     taken = {port for conf in others for port in (conf.pg_port, conf.http_port)}
     pageserver = env.pageserver
     taken |= {parse_address(a)[1] for a in (pageserver.listen_pg_addr, pageserver.listen_http_addr)}
@@ -156,8 +170,7 @@ def _known_ids(env: LocalEnv) -> set[int]:
     """Ids in use, now or in an earlier generation, and those that have a directory."""
     ids = {conf.id for conf in env.safekeepers}
     ids |= {member.id for g in env.earlier_generations for member in g.members}
-    names = [path.name for path in env.safekeeper_dir(0).parent.glob("sk*")]
-    return ids | {int(name[2:]) for name in names if name[2:].isdecimal()}
+    return ids | set(env.safekeeper_ids_on_disk())
 
 
 def _port(name: str, given: int | None, taken: set[int], others: list[int], first: int) -> int:
@@ -165,12 +178,16 @@ def _port(name: str, given: int | None, taken: set[int], others: list[int], firs
     if given is not None:
         if given in taken:
             raise ControlPlaneError(f"{name} {given} belongs to another server of this environment")
-        if not can_listen(_HOST, given):
-            raise ControlPlaneError(f"{name} {given} is in use: somebody listens there")
+        error = listen_error(_HOST, given)
+        if error is not None:
+            why = "is in use: somebody listens there"
+            if not is_taken(error):
+                why = f"cannot be listened on: {error.strerror}"
+            raise ControlPlaneError(f"{name} {given} {why}")
         return given
     start = max(others, default=first - 1) + 1
-    for port in range(start, _LAST_PORT + 1):
-        if port not in taken and can_listen(_HOST, port):
+    for port in range(start, LAST_PORT + 1):
+        if port not in taken and listen_error(_HOST, port) is None:
             return port
     raise ControlPlaneError(f"no port above {start} is free: choose one with {name}")
 

@@ -1,7 +1,8 @@
 """Bringing branches without a compute to the present generation of safekeepers.
 
 A walproposer without Postgres is elected, brings new safekeepers up, establishes the generation and
-leaves. Where a compute runs, its restart does that: it must not be fenced by us.
+leaves. Where a compute runs, its restart does that: it must not be fenced by us. So none is started
+(Compute.start) from where we see that there is none until the walproposer has left.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 from compute_tools.spec import ComputeSpec, SpecError
 from control_plane import membership, node_safekeepers
 from control_plane.compute import ComputeControlPlane, Say
-from control_plane.environment import daemon_environment
+from control_plane.environment import compute_environment
 from control_plane.local_env import LocalEnv
 
 _TIMEOUT = 30.0
@@ -21,19 +22,30 @@ _TIMEOUT = 30.0
 
 def settle(env: LocalEnv, say: Say) -> None:
     """Establish the present generation where there is WAL and no compute; failures are told."""
-    standings = membership.ask_standings(env).values()
-    busy = _with_compute(env)
-    for key, name in sorted(membership.timeline_names(env, standings).items()):
-        known = [standing[key] for standing in standings if key in standing]
-        late = all(s.established < env.safekeeper_generation for s in known)
-        if key not in busy and late and any(s.has_wal for s in known):
+    standings = membership.ask_standings(env)
+    for key, name in sorted(membership.timeline_names(env, standings.values()).items()):
+        if not _is_late(env, key, standings):
+            continue
+        # Asked again: the branches before this one may have taken long.
+        if not _is_late(env, key, membership.ask_standings(env)):
+            continue
+        with env.settling_branch():
+            if key in _with_compute(env):
+                continue
             trouble = _establish(env, *key.split("-"))
-            say(
-                f"branch {name} now has safekeepers of generation {env.safekeeper_generation}"
-                if not trouble
-                else f"branch {name} goes on with the safekeepers of before until a compute is "
-                f"started on it: {trouble}"
-            )
+        say(
+            f"branch {name} now has safekeepers of generation {env.safekeeper_generation}"
+            if not trouble
+            else f"branch {name} goes on with the safekeepers of before until a compute is "
+            f"started on it: {trouble}"
+        )
+
+
+def _is_late(env: LocalEnv, key: str, standings: membership.Standings) -> bool:
+    """Whether a timeline has WAL, and was not established in the present generation."""
+    known = [standing[key] for standing in standings.values() if key in standing]
+    late = all(s.established < env.safekeeper_generation for s in known)
+    return late and any(s.has_wal for s in known)
 
 
 def _with_compute(env: LocalEnv) -> set[str]:
@@ -62,7 +74,7 @@ def _establish(env: LocalEnv, tenant: str, timeline: str) -> str:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env=daemon_environment(),
+        env=compute_environment(),
     )
     assert process.stdin is not None and process.stdout is not None
     try:

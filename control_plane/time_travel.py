@@ -1,9 +1,9 @@
-"""From a time to an LSN of a branch, with everything that stands in the way said in full."""
+"""The state of a branch at a time, or now: with all that was acknowledged by then."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from control_plane import http_client
 from control_plane.errors import ControlPlaneError
 from control_plane.local_env import LocalEnv, SafekeeperConf
-from control_plane.pageserver_http import TIMEOUT, PageserverHttp
+from control_plane.pageserver_http import PageserverHttp
 from zenith_utils.ids import TenantId, TimelineId
 from zenith_utils.lsn import INVALID_LSN, Lsn
 from zenith_utils.timestamp import timestamp_of
@@ -19,8 +19,16 @@ from zenith_utils.timestamp import timestamp_of
 _POLL = 0.02
 # Kinds of answers that WAL still to come may change.
 _UNSURE = ("future", "nodata")
-# A pageserver that gets no WAL for this long although there is some is not catching up.
+# A pageserver that gets no WAL for this long although there is some is not catching up. Nobody
+# waits that long for a branch of what is there now.
 _STALLED_AFTER = 10.0
+_STALLED_NOW_AFTER = 1.0
+# One that has not said by then what it has counts as one that may have everything.
+_TIMEOUT = 5.0
+
+
+class NewestUnknownError(ControlPlaneError):
+    """Commits may have been acknowledged that the pageserver does not have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +51,7 @@ def find_moment(
     now = datetime.now(UTC).astimezone(at.tzinfo)
     if at > now:
         raise ControlPlaneError(f"{at} is in the future: it is {now}")
-    pageserver = PageserverHttp(env)
-
-    def ask() -> dict[str, Any]:
-        return pageserver.lsn_by_timestamp(tenant_id, timeline_id, timestamp_of(at))
-
-    answer = _ask_until_known(ask, lambda: _acknowledged_lsn(env, tenant_id, timeline_id))
+    answer = _ask_until_known(env, tenant_id, timeline_id, at, _STALLED_AFTER)
     kind, text = answer["kind"], answer["commit_time"]
     branch = _branch_text(env, tenant_id, timeline_id)
     if kind == "nodata":
@@ -71,27 +74,41 @@ def find_moment(
     )
 
 
+def wait_for_newest(env: LocalEnv, tenant_id: TenantId, timeline_id: TimelineId) -> None:
+    """Wait until the pageserver has all commits of a timeline acknowledged until now.
+
+    Raises NewestUnknownError; ControlPlaneError if the pageserver cannot be asked.
+    """
+    # Without safekeepers it is the pageserver that acknowledges.
+    if env.safekeepers:
+        _ask_until_known(env, tenant_id, timeline_id, datetime.now(UTC), _STALLED_NOW_AFTER)
+
+
 def _ask_until_known(
-    ask: Callable[[], dict[str, Any]], find_acknowledged: Callable[[], Lsn]
+    env: LocalEnv, tenant_id: TenantId, timeline_id: TimelineId, at: datetime, stalled_after: float
 ) -> dict[str, Any]:
-    """The answer for sure: without it, a later commit that is known, or all WAL looked at."""
+    """Where a timeline stood at a time, for sure: a later commit is known, or all WAL looked at."""
+    pageserver = PageserverHttp(env)
+
+    def ask() -> dict[str, Any]:
+        return pageserver.lsn_by_timestamp(tenant_id, timeline_id, timestamp_of(at))
+
     answer = ask()
     if answer["kind"] not in _UNSURE:
         return answer
-    acknowledged = find_acknowledged()
-    received, deadline = Lsn(0), time.monotonic() + _STALLED_AFTER
+    acknowledged = _acknowledged_lsn(env, tenant_id, timeline_id)
+    received, deadline = Lsn(0), time.monotonic() + stalled_after
     while answer["kind"] in _UNSURE:
         reached = Lsn.parse(answer["received_lsn"])
         if reached >= acknowledged:
             break
         if reached > received:
-            received, deadline = reached, time.monotonic() + _STALLED_AFTER
+            received, deadline = reached, time.monotonic() + stalled_after
         elif time.monotonic() > deadline:
-            raise ControlPlaneError(
+            raise NewestUnknownError(
                 f"the pageserver has WAL up to {reached} only and gets no more, the safekeepers"
                 f" have acknowledged up to {acknowledged}: see its log; if the branch's compute was"
-                " killed, start one, which tells them what is committed; or name an LSN instead of"
-                " a time"
+                " killed, start one, which tells them what is committed; or name an LSN"
             )
         time.sleep(_POLL)
         answer = ask()
@@ -115,19 +132,17 @@ def _acknowledged_lsn(env: LocalEnv, tenant_id: TenantId, timeline_id: TimelineI
 
     Safekeepers hear later what is committed, and tell later still. But what was acknowledged is on
     the disks of a majority: what older terms acknowledged lies below the beginning of the newest,
-    what the newest did is on the disks of a majority in that term. Raises ControlPlaneError if too
+    what the newest did is on the disks of a majority in that term. Raises NewestUnknownError if too
     few answer to know.
     """
     if not env.safekeepers:
         return INVALID_LSN
-    logs: list[_Log] = []
-    instances: set[str] = set()
-    for conf in env.safekeepers:
-        log = _ask_log(conf, tenant_id, timeline_id)
-        if log is not None:
-            logs.append(log)
-            instances.add(conf.instance)
     size = len(env.safekeepers)
+    with ThreadPoolExecutor(size) as pool:
+        asked = pool.map(lambda conf: _ask_log(conf, tenant_id, timeline_id), env.safekeepers)
+        answers = zip(env.safekeepers, asked, strict=True)
+        found = [(conf.instance, log) for conf, log in answers if log is not None]
+    instances, logs = {instance for instance, _ in found}, [log for _, log in found]
     _check_majority(len(logs), size, "")
     established = max(log.established for log in logs)
     # Where a generation still matters its majorities may have been others than today's.
@@ -147,7 +162,7 @@ def _acknowledged_lsn(env: LocalEnv, tenant_id: TenantId, timeline_id: TimelineI
 def _check_majority(answered: int, size: int, whose: str) -> None:
     if answered < size // 2 + 1:
         who = f"only {answered} of the {size} safekeepers{whose} answer"
-        raise ControlPlaneError(
+        raise NewestUnknownError(
             f"{who if answered else f'no safekeeper{whose} answers'}, so the newest commits are not"
             " known: are they running? ('zenith start')"
         )
@@ -158,9 +173,9 @@ def _ask_log(conf: SafekeeperConf, tenant_id: TenantId, timeline_id: TimelineId)
     address = ("127.0.0.1", conf.http_port)
     try:
         path = f"/v1/timeline/{tenant_id}/{timeline_id}"
-        answer = http_client.request(address, "GET", path, timeout=TIMEOUT)
+        answer = http_client.request(address, "GET", path, timeout=_TIMEOUT)
         if not answer.ok:
-            present = http_client.request(address, "GET", "/v1/timeline", timeout=TIMEOUT)
+            present = http_client.request(address, "GET", "/v1/timeline", timeout=_TIMEOUT)
             ids = (str(tenant_id), str(timeline_id))
             absent = present.ok and ids not in [
                 (item["tenant_id"], item["timeline_id"]) for item in present.document

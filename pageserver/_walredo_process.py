@@ -207,12 +207,8 @@ def _spawn(
 
 
 def _environment() -> dict[str, str]:
-    """Ours without what would change the server's behaviour."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("PG", "LC_", "ZENITH_")) and name not in ("LANG", "LD_PRELOAD")
-    }
+    """What a server needs to run, nothing that would change its behaviour, and no credentials."""
+    kept = {n: os.environ[n] for n in ("PATH", "LD_LIBRARY_PATH") if n in os.environ}
     return kept | {"LC_ALL": "C"}
 
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from pageserver import config
 from pageserver.config import PageServerConf
-from zenith_utils.daemonize import bind_listener, daemonize
+from zenith_utils.daemonize import bind_listener, daemonize, open_standard_streams
+from zenith_utils.descriptors import raise_descriptor_limit
 from zenith_utils.durable import write_file_durably
 from zenith_utils.errors import render_error
 from zenith_utils.ids import TenantId, TimelineId
@@ -55,6 +56,7 @@ class StartError(Exception):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program with the given arguments (default: the process's); the exit status."""
+    open_standard_streams()
     args = _parse_arguments(sys.argv[1:] if argv is None else argv)
     try:
         return _run(args)
@@ -248,6 +250,7 @@ class _Server:
         log.info("version: %s", version_text("pageserver"))
         for warning in config.ineffective_settings(self._conf):
             log.warning("%s", warning)
+        raise_descriptor_limit()
         sys.setswitchinterval(SWITCH_INTERVAL)
         shutdown = Shutdown()
         shutdown.install()

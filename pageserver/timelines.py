@@ -39,6 +39,10 @@ class LsnNotReadableError(Exception):
     """Pages at the LSN cannot be had: not arrived in time, or garbage collected."""
 
 
+class LsnNotArrivedError(LsnNotReadableError):
+    """Not yet."""
+
+
 class Reading:
     """A `with` block that reads at one LSN, given at its begin; no garbage collection disturbs it.
 
@@ -150,14 +154,14 @@ class TimelineHandle:
     def wait_lsn(self, lsn: int) -> None:
         """Waits until WAL up to ``lsn`` is ingested, at most ``wait_lsn_timeout``.
 
-        Raises LsnNotReadableError.
+        Raises LsnNotArrivedError.
         """
         if lsn <= self.timeline.last_record_lsn:
             return
         try:
             self.timeline.wait_lsn(lsn, self._wait_lsn_timeout)
         except (WaitLsnTimeout, TimelineStopped) as error:
-            raise LsnNotReadableError(str(error)) from error
+            raise LsnNotArrivedError(str(error)) from error
 
     def check_readable(self, lsn: int) -> None:
         """Raises LsnNotReadableError if ``lsn`` is below the garbage collection cutoff.

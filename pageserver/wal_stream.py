@@ -89,7 +89,7 @@ class WalStream:
     def _run(self, stopping: Callable[[], bool]) -> StreamEnd:
         conn = self._conn
         log.info("%s: streaming WAL from %s at %s", self._handle, self._source, self.received)
-        conn.start_copy_both(f"START_REPLICATION PHYSICAL {self.received}")
+        conn.start_copy_both(f"START_REPLICATION PHYSICAL {self.received}", timeout=DEAD_AFTER)
         self._send_status()
         reply = False
         while not stopping():

@@ -203,7 +203,17 @@ def _modules_dir() -> Path:
         _make_dir(modules_dir)
     except OSError as e:
         raise _not_writable(e) from e
+    if not can_be_preloaded(modules_dir):
+        raise ModuleBuildError(
+            f"modules cannot be loaded from {modules_dir}, which has a blank or a colon in it: "
+            "set ZENITH_CACHE_DIR to a directory that has none"
+        )
     return modules_dir
+
+
+def can_be_preloaded(path: Path) -> bool:
+    """Whether LD_PRELOAD can name a file there: it is split at blanks and colons (ld.so(8))."""
+    return not set(" :") & set(str(path))
 
 
 def _make_dir(path: Path) -> None:
@@ -239,9 +249,13 @@ def _compile(
 ) -> None:
     """Compile into a temporary directory and publish the result as ``target`` by one rename.
 
-    What belongs beside it is there before.
+    What belongs beside it is there before. For the holder of the build's lock.
     """
-    scratch = Path(tempfile.mkdtemp(dir=target.parent.parent, prefix="build-"))
+    modules_dir, prefix = target.parent.parent, f"build-{target.parent.name}-"
+    for left in modules_dir.glob(f"{prefix}*"):
+        # Of a builder that was killed; its compiler may still run, so the name is not used again.
+        shutil.rmtree(left, ignore_errors=True)
+    scratch = Path(tempfile.mkdtemp(dir=modules_dir, prefix=prefix))
     try:
         output = scratch / target.name
         units = [str(path) for path in sources if path.suffix == ".c"]

@@ -40,6 +40,24 @@ class PgDistrib:
         """The table of formats of this major version."""
         return VERSIONS[self.major]
 
+    @property
+    def release(self) -> str:
+        """Its version as users know it, e.g. `15.13`."""
+        return f"{self.major}.{self.version_num % 10000}"
+
+    def require_commits_wait(self) -> None:
+        """DistribError if it acknowledges commits before they are durable on the standby.
+
+        For whoever starts a server whose commits wait for others (synchronous_standby_names).
+        """
+        minor = self.version.sync_rep_minor
+        if self.version_num % 10000 < minor:
+            raise DistribError(
+                f"PostgreSQL {self.release} in {self.bin_dir.parent} lets commits return before"
+                " they are durable in the storage, in the first moments after its start: install"
+                f" PostgreSQL {self.major}.{minor} or a later {self.major}"
+            )
+
     def binary(self, name: str) -> Path:
         """Path of one of its programs; DistribError if the distribution lacks it."""
         path = self.bin_dir / name

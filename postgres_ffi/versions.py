@@ -48,9 +48,10 @@ class PgVersion:
     `checkpoint` and `control_file` are the layouts of CheckPoint and ControlFileData
     (catalog/pg_control.h); `control_crc_offset` is where ControlFileData.crc lies, covering all
     bytes before it. `bimg_*` are the bits of XLogRecordBlockImageHeader.bimg_info.
-    `slru_page_code` is the `struct` code of a page number in SLRU records; `dropped_stats_size`
-    and `invalidation_size` are the bytes of one xl_xact_stats_item and of one
-    SharedInvalidationMessage in commit records.
+    `sync_rep_minor` is the first minor release whose commits wait for the synchronous standby from
+    the server's first moment on. `slru_page_code` is the `struct` code of a page number in SLRU
+    records; `dropped_stats_size` and `invalidation_size` are the bytes of one xl_xact_stats_item
+    and of one SharedInvalidationMessage in commit records.
     """
 
     major: int
@@ -66,6 +67,7 @@ class PgVersion:
     bimg_compressed: int
     max_builtin_rmgr: int
     twophase_magic: int
+    sync_rep_minor: int
     slru_page_code: str
     dropped_stats_size: int
     invalidation_size: int
@@ -146,6 +148,8 @@ VERSIONS: Mapping[int, PgVersion] = MappingProxyType(
             bimg_compressed=0x1C,
             max_builtin_rmgr=Rmgr.LOGICALMSG,
             twophase_magic=0x57F94534,
+            # Before, none waited until the checkpointer had begun (commit ec59500a1).
+            sync_rep_minor=13,
             slru_page_code="i",
             dropped_stats_size=12,
             invalidation_size=16,

@@ -11,6 +11,7 @@ from typing import Final
 from scramp import ScramClient, ScramException
 
 from .messages import SessionError, message, sasl_initial_response
+from .saslprep import prepared_password
 
 OK: Final = 0
 CLEARTEXT: Final = 3
@@ -78,7 +79,9 @@ class Authentication:
             names = b", ".join(filter(None, offered)).decode("ascii", "replace")
             raise _refused(f"it offers the SASL mechanisms {names}, the proxy knows {_SCRAM}")
         # Postgres takes the user from the start-up packet; scramp wants some name.
-        self._scram = ScramClient([_SCRAM], "*", self._password.decode())
+        self._scram = ScramClient([_SCRAM], "*", "")
+        # scramp refuses passwords that Postgres takes as they are.
+        self._scram.password = prepared_password(self._password)
         return sasl_initial_response(_SCRAM, self._scram.get_client_first())
 
 

@@ -8,6 +8,8 @@ handed on while the other direction goes on.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, cast
@@ -67,8 +69,9 @@ class Endpoint(asyncio.Protocol):
         """Bytes have come: for the peer, or to be read."""
         peer = self._peer
         if peer is not None:
-            self._traffic.proxied += len(data)
-            peer.send(data)
+            if not peer.lost.done():
+                self._traffic.proxied += len(data)
+                peer.send(data)
             return
         self._buffer += data
         if len(self._buffer) >= _READ_AHEAD and not self._reading_paused:
@@ -85,24 +88,28 @@ class Endpoint(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is over."""
+        if exc is not None and self._peer is not None:
+            self._take_rest()
         self._no_more()
         if not self.lost.done():
             self.lost.set_result(None)
         if self._peer is not None:
-            # What it has not sent yet, it still sends.
-            self._peer.transport.close()
+            self._end_peer(self._peer)
+        if self._writing_paused:
+            # What the peer sends is for nobody now, but it may have to be read, see _end_peer().
+            self.resume_writing()
 
     def pause_writing(self) -> None:
         """Too many bytes wait to be sent here."""
         self._writing_paused = True
         if self._peer is not None:
-            self._peer.transport.pause_reading()
+            self._peer._pause_reading()
 
     def resume_writing(self) -> None:
         """They have been sent."""
         self._writing_paused = False
         if self._peer is not None and not self._peer.ended.done():
-            self._peer.transport.resume_reading()
+            self._peer._resume_reading()
 
     # ---- the login -----------------------------------------------------------------------------
 
@@ -168,7 +175,29 @@ class Endpoint(asyncio.Protocol):
         if self._arrival is not None and not self._arrival.done():
             self._arrival.set_result(None)
 
+    def _pause_reading(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.pause_reading()
+
+    def _resume_reading(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.resume_reading()
+
     # ---- after it ------------------------------------------------------------------------------
+
+    def _take_rest(self) -> None:
+        """Read what had come when the connection broke.
+
+        A server that ends a session while much is sent to it says why and closes, which resets the
+        connection. The transport finds out when it writes, and stops without reading.
+        """
+        if self.transport.get_extra_info("sslcontext") is not None:
+            return
+        descriptor = self.transport.get_extra_info("socket").fileno()
+        # What ends it says that nothing is left, or how the connection broke.
+        with contextlib.suppress(OSError):
+            while data := os.read(descriptor, 1 << 16):
+                self.data_received(data)
 
     def _hand_on(self, peer: Endpoint) -> None:
         """From here on everything goes to `peer`, beginning with what nobody has read."""
@@ -180,22 +209,24 @@ class Endpoint(asyncio.Protocol):
         if self._reading_paused and not peer._writing_paused and not self.ended.done():
             self.transport.resume_reading()
         self._reading_paused = False
-        if self.lost.done():
-            peer.transport.close()
-        elif self.ended.done():
+        if self.ended.done():
             self._end_peer(peer)
 
     def _end_peer(self, peer: Endpoint) -> None:
-        """Nothing more will come from here: so nothing more goes there."""
+        """Nothing more will come from here: so nothing more goes there.
+
+        The peer is not closed as long as it may be sending: that would reset its connection, which
+        can take away from it what it has not read yet.
+        """
         if peer.ended.done() or not peer.transport.can_write_eof():
             # Both directions are over; or TLS, where one direction cannot end alone.
             peer.transport.close()
             self.transport.close()
-        else:
+        elif not peer.transport.is_closing():
             peer.transport.write_eof()
 
 
 def join(one: Endpoint, other: Endpoint) -> None:
-    """From here on each gets what comes from the other, until one of them is lost or both end."""
+    """From here on each gets what comes from the other, until both have ended."""
     one._hand_on(other)
     other._hand_on(one)

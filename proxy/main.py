@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import resource
 import ssl
 import sys
 from collections.abc import Sequence
@@ -13,7 +12,14 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
 
-from zenith_utils.daemonize import AddressError, BindError, bind_listener, parse_address
+from zenith_utils.daemonize import (
+    AddressError,
+    BindError,
+    bind_listener,
+    open_standard_streams,
+    parse_address,
+)
+from zenith_utils.descriptors import raise_descriptor_limit
 from zenith_utils.errors import render_error
 from zenith_utils.log import init_logging
 from zenith_utils.shutdown import IMMEDIATE_EXIT_CODE, Shutdown, ShutdownMode
@@ -51,6 +57,7 @@ class StartError(Exception):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
+    open_standard_streams()
     args = _parser().parse_args(argv)
     try:
         return _run(args)
@@ -121,7 +128,8 @@ def _run(args: argparse.Namespace) -> int:
         logger.warning(
             "passwords of clients cross the network in clear text: give --ssl-key and --ssl-cert"
         )
-    _raise_descriptor_limit()
+    # A session takes two.
+    raise_descriptor_limit()
     shutdown = Shutdown()
     shutdown.install()
     shutdown.guard_threads()
@@ -188,12 +196,6 @@ def _tls_context(key: Path | None, certificate: Path | None) -> ssl.SSLContext |
 def _no_passphrase() -> str:
     """Asked for by OpenSSL, which would ask on a terminal otherwise."""
     raise StartError("the private key is encrypted: give one without a passphrase")
-
-
-def _raise_descriptor_limit() -> None:
-    """As many descriptors as this process may have: a session takes two."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 if __name__ == "__main__":

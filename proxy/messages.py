@@ -107,9 +107,13 @@ def parse_startup(packet: bytes) -> Startup:
 
 
 def _negotiation(unknown: list[bytes]) -> bytes:
-    """NegotiateProtocolVersion: newest minor version (0) and the options not understood."""
+    """NegotiateProtocolVersion: the newest version there is here, and the options not understood.
+
+    All of the version, 3.0, as SendNegotiateProtocolVersion (postmaster.c) sends it.
+    """
     names = b"".join(name + b"\0" for name in unknown)
-    return message(b"v", bytes(4) + len(unknown).to_bytes(4, "big") + names)
+    version = PROTOCOL_3_0.to_bytes(4, "big")
+    return message(b"v", version + len(unknown).to_bytes(4, "big") + names)
 
 
 def startup_packet(parameters: Mapping[bytes, bytes]) -> bytes:

@@ -6,7 +6,6 @@ From then on nothing runs for a session but the handing on of bytes in the event
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import resource
 import socket
@@ -191,12 +190,12 @@ class ProxyServer:
             )
             client.expects_errors = False
             join(client.endpoint, target.endpoint)
+            # A server that works for a client that is gone notices by its closed connection.
+            client.endpoint.lost.add_done_callback(lambda _: target.endpoint.close())
             await target.endpoint.ended
             # A server that ends a session has said why. To close while the client is sending could
             # take that away from it; a client that does not notice may not keep the session.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_LINGER):
-                    await client.endpoint.lost
+            await asyncio.wait([client.endpoint.lost], timeout=_LINGER)
             client.endpoint.close()
             # As long as it reads what waits to be sent: until then its descriptor is in use.
             await client.endpoint.lost

@@ -38,8 +38,10 @@ from zenith_utils.daemonize import (
     DaemonizeError,
     bind_listener,
     daemonize,
+    open_standard_streams,
     parse_address,
 )
+from zenith_utils.descriptors import raise_descriptor_limit
 from zenith_utils.duration import DurationError, parse_duration
 from zenith_utils.errors import render_error
 from zenith_utils.log import init_logging
@@ -73,6 +75,7 @@ class StartError(Exception):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
+    open_standard_streams()
     args = _parser().parse_args(argv)
     try:
         if args.dump_control_file is not None:
@@ -262,6 +265,7 @@ def _run(args: argparse.Namespace) -> int:
     sys.setswitchinterval(_SWITCH_INTERVAL)
 
     logger.info("version: %s", version_text("safekeeper"))
+    raise_descriptor_limit()
     metrics = SafekeeperMetrics()
     timelines = Timelines(
         directory, metrics, sync=not args.no_sync, instance=me.instance, remote=remote

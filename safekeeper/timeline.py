@@ -30,7 +30,7 @@ from safekeeper.consensus import (
 )
 from safekeeper.delivery import Delivery, DeliveryFileError
 from safekeeper.load_timeline import after_damage, load_state, open_wal
-from safekeeper.metrics import TimelineMetrics
+from safekeeper.metrics import SafekeeperMetrics
 from safekeeper.remote_wal import RemoteWal
 from safekeeper.set_aside import remove_set_aside
 from safekeeper.timeline_registry import RegistryError, TimelineRegistry
@@ -72,7 +72,7 @@ class Timeline:
         self,
         timeline_id: TenantTimelineId,
         directory: Path,
-        metrics: TimelineMetrics,
+        metrics: SafekeeperMetrics,
         *,
         registry: TimelineRegistry,
         instance: bytes,
@@ -90,10 +90,11 @@ class Timeline:
         self.directory = directory
         self.lock = threading.Lock()
         self.failure: BaseException | None = None
-        self.metrics = metrics
         self._sync = sync
         self._registry = registry
         state = load_state(timeline_id, directory, registry, sync=sync)
+        # Only now: whoever asks for a timeline that is not here leaves nothing behind.
+        self.metrics = metrics.timeline(timeline_id)
         self._storage = WalStorage(directory, sync=sync, helper=helper)
         state = open_wal(directory, state, self._storage, sync=sync)
         if not state.recovering:

@@ -178,7 +178,7 @@ class Timelines:
             timeline = Timeline(
                 timeline_id,
                 self._path(timeline_id),
-                self._metrics.timeline(timeline_id),
+                self._metrics,
                 registry=self._registry,
                 instance=self.instance,
                 sync=self._sync,

@@ -119,8 +119,6 @@ class WalRetention:
             # What it has may not continue what a leader will give it; its positions count for none.
             return 0
         settings = self._settings
-        if timeline.acceptor.state.recovering:
-            return 0  # it cannot vouch for its positions
         needs = timeline.wal_needs(
             remote_consistent=settings.removal is WalRemoval.REMOTE_CONSISTENT,
             keep_size=settings.keep_size,

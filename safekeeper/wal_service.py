@@ -17,7 +17,7 @@ from safekeeper.timeline import Timeline, TimelineFailedError
 from safekeeper.timeline_registry import RegistryError
 from safekeeper.timelines import TimelineNotFoundError, Timelines
 from safekeeper.wal_files import WalMissingError, WalStorageError
-from zenith_utils.conninfo import redact, without_password
+from zenith_utils.conninfo import redact_start, without_password
 from zenith_utils.ids import IdParseError, TenantId, TenantTimelineId, TimelineId
 from zenith_utils.lsn import Lsn, LsnParseError, lsn_text
 from zenith_utils.metrics import IntegerMetric
@@ -84,7 +84,7 @@ class WalServiceHandler:
             elif is_set_statement(command):
                 conn.send_command_complete()
             else:
-                raise QueryError(f"unsupported command {redact(query)}")
+                raise QueryError(f"unsupported command {redact_start(query)}")
         except WalMissingError as e:
             raise FatalQueryError(str(e), UNDEFINED_FILE) from e
         except (

@@ -12,10 +12,19 @@ _KEYWORD_VALUE = re.compile(
     r"\s*(?P<key>[^\s=]+)\s*=\s*(?:'(?P<quoted>(?:[^'\\]|\\.)*)'(?=\s|$)|(?P<plain>(?:[^\s'\\]|\\.)(?:[^\s\\]|\\.)*|))\s*",
     re.DOTALL,
 )
-_URL_PASSWORD = re.compile(r"(postgres(?:ql)?://[^\s:/@]*):[^\s@/]*@")
-_PARAMETER_PASSWORD = re.compile(r"(password\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s'&]+)", re.IGNORECASE)
-# A JSON web token: three parts in base64url, the first of which begins with '{"'.
-_TOKEN = re.compile(r"\beyJ[\w-]+\.[\w-]+\.[\w-]*", re.ASCII)
+# To the last "@" of the authority: whoever forgot to encode one meant it as part of the password.
+_URL_PASSWORD = re.compile(r"(postgres(?:ql)?://[^\s:/@]*):(?:[^\s/?]*|[^\s/@]*)@")
+# In the query of a URL, or of the keyword form; what is quoted without an end goes on to the last.
+_PARAMETER_PASSWORD = re.compile(
+    r"([?&](?:ssl)?password=)[^\s&]*"
+    r"|(password\s*=\s*)(?:'(?:[^'\\]|\\.)*+(?:'|\\?\Z)|(?:[^\s'\\]|\\.?)(?:[^\s\\]|\\.?)*+)",
+    re.IGNORECASE | re.DOTALL,
+)
+# Three or more parts in base64url with dots between, as JSON web tokens have. Nothing is read
+# twice (possessive, and only from the beginning of a word on): texts of strangers are searched.
+_DOTTED_WORD = re.compile(r"(?<![\w-])[\w-]++\.[\w-]++\.[\w.-]*+", re.ASCII)
+# A token's first part begins with '{"', in base64url.
+_TOKEN_MARK = "eyJ"
 
 
 class ConninfoError(ValueError):
@@ -100,12 +109,32 @@ def _quote(value: str) -> str:
 
 
 def redact(text: str) -> str:
-    """A text with tokens, and the passwords of connection strings, made unreadable; for logs."""
-    if "eyJ" in text:
-        text = _TOKEN.sub("***", text)
+    """A text with tokens, and the passwords of connection strings, made unreadable; for logs.
+
+    Takes time in proportion to the length of the text, whatever stands in it.
+    """
+    if _TOKEN_MARK in text:
+        text = _DOTTED_WORD.sub(_without_token, text)
     if "postgres" in text:
         text = _URL_PASSWORD.sub(r"\1:***@", text)
-    return _PARAMETER_PASSWORD.sub(r"\1***", text) if "assword" in text.lower() else text
+    if "assword" in text.lower():
+        text = _PARAMETER_PASSWORD.sub(r"\1\2***", text)
+    return text
+
+
+def _without_token(match: re.Match[str]) -> str:
+    return "***" if _TOKEN_MARK in match[0] else match[0]
+
+
+def redact_start(text: str, length: int = 200) -> str:
+    """The first characters of a text, redacted; what is behind them costs nothing.
+
+    A text that is longer is cut behind its last whole word within `length`: half a token, or half
+    a password, would not be known for one.
+    """
+    if len(text) <= length:
+        return redact(text)
+    return redact(re.sub(r"(?<!\S)\S*\Z", "", text[: length + 1]).rstrip()) + "..."
 
 
 def without_password(conninfo: str) -> str:
@@ -115,8 +144,8 @@ def without_password(conninfo: str) -> str:
     """
     if conninfo.startswith(_URL_PREFIXES):
         conninfo = _URL_PASSWORD.sub(r"\1:@", conninfo, count=1)
-        return re.sub(r"([?&]password=)[^&]*", r"\1", conninfo)
-    return _PARAMETER_PASSWORD.sub(r"\1''", conninfo)
+        return _PARAMETER_PASSWORD.sub(r"\1\2", conninfo)
+    return _PARAMETER_PASSWORD.sub(r"\1\2''", conninfo)
 
 
 def split_options(options: str) -> dict[str, str]:

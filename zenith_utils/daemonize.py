@@ -66,14 +66,31 @@ def bind_listener(address: str | tuple[str, int]) -> socket.socket:
     return sock
 
 
+def open_standard_streams() -> None:
+    """Open /dev/null in the place of standard streams that this process was started without.
+
+    The first thing a daemon does: what it opens otherwise, its lock for one, would be given their
+    numbers, and is lost when these are redirected.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest number that is free: those below are open by now.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC), True)
+        if getattr(sys, name) is None:
+            mode = "w" if number else "r"
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
+
+
 def daemonize(pid_file: Path, log_file: Path) -> PidFile:
     """Go on in a background process; the calling process exits with 0.
 
-    Call it in a single-threaded process, after binding sockets and checking the configuration,
-    so that the usual errors still reach the caller's terminal. The child leads a session of its
-    own, reads /dev/null and writes stdout and stderr to the end of `log_file`; what it reports
-    from then on is found there. The parent leaves only when the pid file is written. Keep the
-    returned object: its lock says that this daemon lives.
+    Call it in a single-threaded process that has all its standard streams, after binding sockets
+    and checking the configuration, so that the usual errors still reach the caller's terminal. The
+    child leads a session of its own, reads /dev/null and writes stdout and stderr to the end of
+    `log_file`; what it reports from then on is found there. The parent leaves only when the pid
+    file is written. Keep the returned object: its lock says that this daemon lives.
 
     Raises PidFileError (also when another daemon runs already), DaemonizeError, OSError.
     """

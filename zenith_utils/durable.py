@@ -19,14 +19,28 @@ def write_file_durably(path: Path, data: Buffer, *, sync: bool = True, mode: int
     the name never leads to unwritten blocks), rename it over `path`, fsync the directory (so that
     the rename survives). When it returns the data is on disk; with sync=False the replacement
     is still atomic for other processes but may be lost with the machine. A crash leaves at most
-    a file that is_temp_file() recognises. Raises OSError; `path` then holds its old content.
+    a file that is_temp_file() recognises.
+
+    Raises OSError; `path` then holds its old content, save when it was the fsync of the directory
+    that failed: it holds the new one then, but which of them it will hold after a crash is unknown.
     """
+    # Before anything is done: there may be no descriptor for it.
+    dir_fd = _open_dir(path.parent) if sync else None
+    try:
+        _replace_file(path, data, dir_fd, mode)
+    finally:
+        if dir_fd is not None:
+            os.close(dir_fd)
+
+
+def _replace_file(path: Path, data: Buffer, dir_fd: int | None, mode: int) -> None:
+    """Write and rename; durably where there is the descriptor of the directory."""
     temp = path.with_name(f"{path.name}.{os.urandom(4).hex()}{TEMP_SUFFIX}")
     fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         try:
             write_all(fd, data)
-            if sync:
+            if dir_fd is not None:
                 os.fsync(fd)
         finally:
             os.close(fd)
@@ -34,8 +48,8 @@ def write_file_durably(path: Path, data: Buffer, *, sync: bool = True, mode: int
     except BaseException:
         temp.unlink(missing_ok=True)
         raise
-    if sync:
-        fsync_dir(path.parent)
+    if dir_fd is not None:
+        os.fsync(dir_fd)
 
 
 def is_temp_file(path: Path) -> bool:
@@ -45,11 +59,15 @@ def is_temp_file(path: Path) -> bool:
 
 def fsync_dir(path: Path) -> None:
     """Make the entries of a directory durable: creations, renames and removals in it."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fd = _open_dir(path)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _open_dir(path: Path) -> int:
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
 def fsync_file(path: Path) -> None:

@@ -19,10 +19,15 @@ from http import HTTPStatus
 from typing import Any, Final
 
 import uvloop
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from zenith_utils.errors import error_message
-from zenith_utils.http_connection import BoundedSite, default_max_connections
+from zenith_utils.http_connection import (
+    WRITE_TIMEOUT,
+    BoundedSite,
+    HttpConnection,
+    default_max_connections,
+)
 from zenith_utils.ids import IdParseError, TenantId, TimelineId
 from zenith_utils.metrics import CONTENT_TYPE as METRICS_CONTENT_TYPE
 from zenith_utils.metrics import IntegerMetric, Metrics
@@ -36,6 +41,9 @@ BODY_TIMEOUT: Final = 30.0
 YAML_CONTENT_TYPE: Final = "text/yaml; charset=utf-8"
 HTML_CONTENT_TYPE: Final = "text/html; charset=utf-8"
 _UNKNOWN_PATH: Final = "unknown"
+_CONTINUE: Final = "100-continue"
+# What the end takes beside the waiting for requests, in seconds.
+_STOP_MARGIN: Final = 5.0
 
 
 class HttpError(Exception):
@@ -78,6 +86,13 @@ class RequestTimeout(HttpError):
 
     status = HTTPStatus.REQUEST_TIMEOUT
     prefix = "Request timeout: "
+
+
+class ExpectationFailed(HttpError):
+    """417: the request asks for something in its header Expect that is not known."""
+
+    status = HTTPStatus.EXPECTATION_FAILED
+    prefix = "Expectation failed: "
 
 
 class PayloadTooLarge(HttpError):
@@ -209,20 +224,23 @@ class HttpServer:
         workers: int = 16,
         shutdown_timeout: float = 10.0,
         body_timeout: float = BODY_TIMEOUT,
+        write_timeout: float = WRITE_TIMEOUT,
         max_connections: int | None = None,
     ) -> None:
         """Take over a bound and listening socket.
 
         `before` runs ahead of every handler and refuses by raising an HttpError. Requests are
         counted in `metrics`. Stopping lets requests that are being answered finish for
-        `shutdown_timeout` seconds. A request's body has to arrive within `body_timeout` seconds.
-        `max_connections` defaults to what the process may open, within reason.
+        `shutdown_timeout` seconds. A request's body has to arrive within `body_timeout` seconds,
+        and some of its answer has to be taken in any `write_timeout` seconds. `max_connections`
+        defaults to what the process may open, within reason.
         """
         self._sock = sock
         self._routes = routes
         self._before = before
         self._shutdown_timeout = shutdown_timeout
         self._body_timeout = body_timeout
+        self._write_timeout = write_timeout
         self._max_connections = max_connections or default_max_connections()
         self._requests = None if metrics is None else _request_counter(metrics)
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix=f"{name}-worker")
@@ -237,13 +255,19 @@ class HttpServer:
         self._started.result()
 
     def stop(self) -> None:
-        """Take no more requests, let the current ones finish, and end the thread."""
+        """Take no more requests, let the current ones finish, and end the thread.
+
+        Clients that prevent it are told of in the log: whoever stops has more to do.
+        """
         if not self._thread.is_alive():
             return
         runner = self._started.result()
         cleanup = asyncio.run_coroutine_threadsafe(runner.cleanup(), self._loop)
         try:
-            cleanup.result(self._shutdown_timeout + 5)
+            # aiohttp waits twice: for the handler of a request, and for its connection to end.
+            cleanup.result(2 * self._shutdown_timeout + _STOP_MARGIN)
+        except TimeoutError:
+            logger.warning("HTTP requests did not end in time, their connections are cut")
         finally:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(5)
@@ -265,7 +289,9 @@ class HttpServer:
     async def _set_up(self) -> web.AppRunner:
         app = web.Application(middlewares=[self._middleware], client_max_size=MAX_BODY)
         for route in self._routes:
-            app.router.add_route(route.method, route.path, self._adapt(route))
+            app.router.add_route(
+                route.method, route.path, self._adapt(route), expect_handler=_expect
+            )
         runner = web.AppRunner(
             app,
             access_log=None,
@@ -273,13 +299,20 @@ class HttpServer:
             shutdown_timeout=self._shutdown_timeout,
         )
         await runner.setup()
-        await BoundedSite(runner, self._sock, max_connections=self._max_connections).start()
+        await BoundedSite(
+            runner,
+            self._sock,
+            max_connections=self._max_connections,
+            write_timeout=self._write_timeout,
+        ).start()
         return runner
 
     def _adapt(self, route: Route) -> Callable[[web.Request], Any]:
         pool = self._quick_pool if route.quick else self._pool
 
         async def handle(request: web.Request) -> web.Response:
+            if not _expects_nothing_unknown(request):
+                raise ExpectationFailed(f"not known: {request.headers['Expect']}")
             received = Request(
                 method=request.method,
                 path=request.path,
@@ -289,7 +322,12 @@ class HttpServer:
                 headers=request.headers,
                 body=await self._body(request),
             )
-            response = await self._loop.run_in_executor(pool, self._call, route.handler, received)
+            connection = request.protocol
+            assert isinstance(connection, HttpConnection)
+            with connection.at_work():
+                response = await self._loop.run_in_executor(
+                    pool, self._call, route.handler, received
+                )
             return _aiohttp_response(response)
 
         return handle
@@ -350,6 +388,19 @@ class HttpServer:
                 self._requests.inc("", _UNKNOWN_PATH, str(status))
             else:
                 self._requests.inc(request.method, resource.canonical, str(status))
+
+
+def _expects_nothing_unknown(request: web.Request) -> bool:
+    return request.headers.get("Expect", _CONTINUE).lower() == _CONTINUE
+
+
+async def _expect(request: web.Request) -> None:
+    """Let a client go on with its body, RFC 9110 10.1.1; the handler refuses what is not known."""
+    # HTTP/1.0 has no such answer.
+    if request.version >= HttpVersion11 and _expects_nothing_unknown(request):
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        # It is no part of the answer, which may still become another one.
+        request.writer.output_size = 0
 
 
 async def _finish_tasks() -> None:

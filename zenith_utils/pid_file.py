@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import time
@@ -11,6 +12,8 @@ from typing import Final
 
 _LOCK_ATTEMPTS: Final = 10
 _LOCK_PAUSE: Final = 0.02
+# How long a number is waited for, in seconds: a few system calls come between lock and number.
+_NUMBER_DEADLINE: Final = 2.0
 
 
 class PidFileError(Exception):
@@ -25,7 +28,10 @@ class PidFile:
     """
 
     def __init__(self, path: Path) -> None:
-        """Open and lock, without writing yet. Raises PidFileError if another process holds it."""
+        """Open, lock and empty, without writing yet: the number left behind is no holder's.
+
+        Raises PidFileError if another process holds it.
+        """
         self.path = path
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -33,6 +39,9 @@ class PidFile:
             raise PidFileError(f"cannot open pid file {path}: {error.strerror}") from error
         try:
             locked = self._lock()
+            if locked:
+                # In place, as write() does: a file renamed over it would be without our lock.
+                os.ftruncate(self._fd, 0)
         except OSError as error:
             os.close(self._fd)
             raise PidFileError(f"cannot lock pid file {path}: {error.strerror}") from error
@@ -53,9 +62,7 @@ class PidFile:
 
     def write(self) -> None:
         """Write the number of this process, digits only, durably."""
-        # In place: a renamed-over file would be another inode, without our lock. A crash between
-        # truncating and writing leaves an empty file, which readers take for "no process".
-        os.ftruncate(self._fd, 0)
+        # A crash before leaves an empty file, which readers take for "no process".
         os.pwrite(self._fd, b"%d" % os.getpid(), 0)
         os.fsync(self._fd)
 
@@ -76,19 +83,34 @@ def read_pid_file(path: Path) -> int | None:
 def running_pid(path: Path) -> int | None:
     """Number of the living process that holds a pid file of the class above, else None.
 
-    The lock decides: a number left behind and since given to another process is not believed.
+    The lock decides: a number left behind and since given to another process is not believed. One
+    that has only just been locked is waited for until it has its number. Raises OSError if it does
+    not get one: somebody lives, but nobody knows who.
     """
+    deadline = time.monotonic() + _NUMBER_DEADLINE
+    while _is_locked(path):
+        pid = read_pid_file(path)
+        if pid is not None:
+            return pid
+        if time.monotonic() > deadline:
+            text = "locked by a process that has not written its number"
+            raise BlockingIOError(errno.EAGAIN, text, str(path))
+        time.sleep(_LOCK_PAUSE)
+    return None
+
+
+def _is_locked(path: Path) -> bool:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
-        return None
+        return False
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return read_pid_file(path)
+        return True
     finally:
         os.close(fd)
-    return None
+    return False
 
 
 def is_alive(pid: int) -> bool:

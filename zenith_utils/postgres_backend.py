@@ -17,7 +17,8 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from zenith_utils.conninfo import redact
+from zenith_utils.conninfo import redact_start
+from zenith_utils.descriptors import LIBPQ_SHARE, share_of_descriptors
 from zenith_utils.postgres_connection import (
     INT4_OID,
     INT8_OID,
@@ -78,6 +79,7 @@ _PROTOCOL_VIOLATION: Final = "08P01"
 # An error with this text ends the connection: the client's stream is over.
 _CLOSING_TEXT: Final = "failed to run"
 _ACCEPT_RETRY_SECONDS: Final = 0.1
+_MAX_CONNECTIONS: Final = 4096
 
 
 class PostgresServer:
@@ -91,13 +93,14 @@ class PostgresServer:
         name: str,
         auth: Auth | None = None,
         max_message: int = DEFAULT_MAX_MESSAGE,
-        max_connections: int = 4096,
+        max_connections: int | None = None,
         startup_timeout: float = 30.0,
     ) -> None:
         """Take over a bound and listening socket.
 
         `auth` defaults to trust. `max_message` limits a message in bytes, `startup_timeout` the
-        seconds from accepting a client until it is authenticated.
+        seconds from accepting a client until it is authenticated. `max_connections` defaults to
+        what the process may open, within reason.
         """
         self.name = name
         self.handler_factory = handler_factory
@@ -105,7 +108,9 @@ class PostgresServer:
         self.startup_timeout = startup_timeout
         self._sock = sock
         self._max_message = max_message
-        self._max_connections = max_connections
+        self._max_connections = max_connections or share_of_descriptors(
+            LIBPQ_SHARE, _MAX_CONNECTIONS
+        )
         self._sessions: set[_Session] = set()
         self._lock = threading.Lock()
         self._stopping = False
@@ -447,8 +452,12 @@ def _startup_params(data: bytes) -> dict[str, str]:
 
 
 def _negotiation(unknown: list[str]) -> bytes:
-    """NegotiateProtocolVersion: newest minor version (0) and the options not understood."""
-    return bytes(4) + len(unknown).to_bytes(4, "big") + b"".join(map(cstring, unknown))
+    """NegotiateProtocolVersion: the newest version there is here, and the options not understood.
+
+    All of the version, 3.0, as SendNegotiateProtocolVersion (postmaster.c) sends it.
+    """
+    names = b"".join(map(cstring, unknown))
+    return PROTOCOL_3_0.to_bytes(4, "big") + len(unknown).to_bytes(4, "big") + names
 
 
 def _query_text(payload: memoryview) -> str:
@@ -472,5 +481,4 @@ def _int16(payload: memoryview, position: int) -> int:
 
 
 def _for_log(query: str) -> str:
-    text = redact(query)
-    return repr(text if len(text) <= 200 else text[:200] + "...")
+    return repr(redact_start(query))

@@ -256,14 +256,15 @@ class Connection:
         self.writer.put(b"E", _error_fields("FATAL" if fatal else "ERROR", sqlstate, message))
 
     def request_password(self) -> str:
-        """Ask the client for a cleartext password. Raises ProtocolError if it sends none."""
+        """Ask the client for a cleartext password. ProtocolError if it sends anything else."""
         self.writer.put(b"R", (3).to_bytes(4, "big"))
         self.writer.flush()
+        # Whoever may be a stranger cannot have us keep more than this.
+        max_message, self.reader.max_message = self.reader.max_message, _MAX_PASSWORD + 4
         kind, payload = self.reader.read_message()
+        self.reader.max_message = max_message
         if kind != _PASSWORD:
             raise ProtocolError(f"expected a password, got message type {chr(kind)!r}")
-        if len(payload) > _MAX_PASSWORD:
-            raise ProtocolError(f"password of {len(payload)} bytes")
         raw, _ = split_cstring(payload)
         return raw.decode("utf-8", "backslashreplace")
 

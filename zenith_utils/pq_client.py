@@ -257,18 +257,23 @@ class PqConnection:
             if not complete:
                 self.close()
 
-    def start_copy_both(self, sql: str) -> None:
-        """Run a query that answers with CopyBothResponse. Raises PqError."""
+    def start_copy_both(self, sql: str, *, timeout: float | None = None) -> None:
+        """Run a query that answers with CopyBothResponse.
+
+        Raises PqError; after `timeout` seconds the connection is closed and PqConnectionLost
+        raised.
+        """
         self._send_query(sql)
-        while True:
-            kind, payload = self._read()
-            if kind == ord("W"):
-                self._copy_done_sent = False
-                return
-            if kind == ord("E"):
-                raise self._finish_error(payload)
-            if kind == ord("Z"):
-                raise PqError("ERROR", "08P01", f"no CopyBoth stream in answer to {sql!r}")
+        with self._deadline(timeout):
+            while True:
+                kind, payload = self._read()
+                if kind == ord("W"):
+                    self._copy_done_sent = False
+                    return
+                if kind == ord("E"):
+                    raise self._finish_error(payload)
+                if kind == ord("Z"):
+                    raise PqError("ERROR", "08P01", f"no CopyBoth stream in answer to {sql!r}")
 
     # ---- copy both -----------------------------------------------------------------------------
 

@@ -65,11 +65,12 @@ class MessageReader:
     A returned payload is a view into the buffer: it is valid until the next read of any kind.
     """
 
-    __slots__ = ("_buffer", "_end", "_filled", "_limit", "_sock", "_start", "_view", "deadline")
+    __slots__ = (
+        "_buffer", "_end", "_filled", "_sock", "_start", "_view", "deadline", "max_message",
+    )  # fmt: skip
 
     def __init__(self, sock: socket.socket, *, max_message: int = DEFAULT_MAX_MESSAGE) -> None:
         self._sock = sock
-        self._limit = max_message
         self._buffer = bytearray(_INITIAL_BUFFER)
         self._view = memoryview(self._buffer)
         self._start = 0
@@ -77,6 +78,8 @@ class MessageReader:
         self._filled = False
         self.deadline: float | None = None
         """Monotonic time after which blocking reads raise TimeoutError; None waits forever."""
+        self.max_message = max_message
+        """Longest message in bytes, counted as its length field counts; may be changed."""
 
     def read_message(self) -> tuple[int, memoryview]:
         """Wait for a message; its type and payload.
@@ -89,7 +92,7 @@ class MessageReader:
             need = 5
             if have >= 5:
                 kind, length = _HEADER.unpack_from(self._buffer, start)
-                if length < 4 or length > self._limit:
+                if length < 4 or length > self.max_message:
                     raise self._bad_length(kind, length)
                 need = length + 1
                 if have >= need:
@@ -128,7 +131,7 @@ class MessageReader:
         if self._end - self._start < 5:
             return 5
         kind, length = _HEADER.unpack_from(self._buffer, self._start)
-        if length < 4 or length > self._limit:
+        if length < 4 or length > self.max_message:
             raise self._bad_length(kind, length)
         return int(length) + 1
 

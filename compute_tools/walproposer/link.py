@@ -28,7 +28,8 @@ def open_session(
         timeout=_CONNECT_TIMEOUT,
     )
     try:
-        conn.start_copy_both(f"START_WAL_PUSH {pageserver_connstr or ''}".strip())
+        command = f"START_WAL_PUSH {pageserver_connstr or ''}".strip()
+        conn.start_copy_both(command, timeout=_CONNECT_TIMEOUT)
         return conn.detach()
     except BaseException:
         conn.close()

@@ -125,7 +125,8 @@ class RecoveryReader:
             application_name=RECOVERY_APPLICATION,
             timeout=_TIMEOUT,
         ) as conn:
-            conn.start_copy_both(f"START_REPLICATION PHYSICAL {lsn_text(lsn)}")
+            command = f"START_REPLICATION PHYSICAL {lsn_text(lsn)}"
+            conn.start_copy_both(command, timeout=_TIMEOUT)
             while lsn < self._end_lsn and not self._cancelled.is_set():
                 message = conn.recv_copy_data(timeout=_TIMEOUT)
                 if message is None:

@@ -21,7 +21,7 @@ from pageserver.tenant import (
 )
 from pageserver.tenants import TenantManager
 from pageserver.time_travel import lsn_by_timestamp
-from pageserver.timelines import LsnNotReadableError, TimelineHandle
+from pageserver.timelines import LsnNotArrivedError, LsnNotReadableError, TimelineHandle
 from postgres_ffi.wal_format import normalize_lsn
 from zenith_utils.errors import error_chain
 from zenith_utils.http_server import BadRequest, HttpError, NotFound, Response
@@ -207,6 +207,8 @@ class PageserverApi:
         lsn, ttl = _lease_lsn(body), _lease_ttl(body)
         try:
             return _lease_json(handle.renew_lease(lease_id, ttl, lsn))
+        except LsnNotArrivedError as error:
+            raise Conflict(str(error)) from error
         except (LeaseGoneError, LsnNotReadableError) as error:
             raise Gone(str(error)) from error
 

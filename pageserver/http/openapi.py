@@ -356,6 +356,10 @@ def _leases() -> Operations:
                 "200": answer("The promise is durable.", ref("Lease"), lease),
                 "400": failure("The request is malformed.", bad_ttl),
                 "404": _not_found(),
+                "409": failure(
+                    "WAL up to that LSN did not arrive in time.",
+                    f"Conflict: Timed out while waiting for WAL record at LSN {_LSN} to arrive",
+                ),
                 "410": failure(
                     "The lease, or the state at that LSN, is gone.",
                     f"Gone: lease {_LEASE} is unknown or has expired",

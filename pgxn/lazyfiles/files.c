@@ -20,6 +20,25 @@ typedef struct OpenFile
 
 static OpenFile open_files[MAX_FD];
 
+/*
+ * The process whose descriptors the table describes.  A child that shares our memory (vfork(), clone()
+ * with CLONE_VM) has descriptors of its own: it closes and reuses numbers that are still in use here.
+ */
+static pid_t owner;
+
+/* At the start and in a fork child, which has a copy of the table. */
+void
+files_own(void)
+{
+	owner = getpid();
+}
+
+bool
+files_owned(void)
+{
+	return owner == getpid();
+}
+
 static inline OpenFile *
 find_file(int fd)
 {
@@ -63,13 +82,13 @@ segment_blocks(const LazyFork *fork, uint32_t segment_start, uint32_t *first, ui
 }
 
 /*
- * Another program than the server may open a relation file only if the file is complete: it gets no
- * blocks fetched.  False with errno set otherwise.
+ * Another program than the server, or a child that shares the server's memory, may open a relation file
+ * only if the file is complete: it gets no blocks fetched.  False with errno set otherwise.
  */
 bool
 may_open(const char *path, const RelTag *tag, uint32_t segment)
 {
-	LazyFork   *fork = is_server() ? NULL : lazy_find_fork(tag);
+	LazyFork   *fork = is_server() && files_owned() ? NULL : lazy_find_fork(tag);
 	uint32_t	first,
 				end;
 
@@ -97,6 +116,8 @@ file_opened(int fd, const RelTag *tag, uint32_t segment)
 		file_closed(fd);
 		return true;
 	}
+	if (!files_owned())
+		return true;
 	if ((unsigned) fd >= MAX_FD)
 		return false;
 	open_files[fd] = (OpenFile) {.tracked = true,.is_fsm = tag->forknum == FSM_FORK,.fork = fork,
@@ -107,13 +128,15 @@ file_opened(int fd, const RelTag *tag, uint32_t segment)
 void
 file_closed(int fd)
 {
-	if ((unsigned) fd < MAX_FD)
+	if (file_tracked(fd) && files_owned())
 		open_files[fd].tracked = false;
 }
 
 void
 files_closed(unsigned first, unsigned last)
 {
+	if (!files_owned())
+		return;
 	for (unsigned fd = first; fd <= last && fd < MAX_FD; fd++)
 		open_files[fd].tracked = false;
 }
@@ -123,7 +146,7 @@ file_duplicated(int from, int to)
 {
 	OpenFile   *file = find_file(from);
 
-	if (from == to)
+	if (from == to || !files_owned())
 		return;
 	if (file == NULL)
 		file_closed(to);
@@ -291,7 +314,14 @@ discard_begin_fd(BlockRange *range, int fd, off_t size)
 	OpenFile   *file = find_file(fd);
 
 	range->fork = NULL;
-	return file == NULL || begin(range, file->fork, file->segment_start, size);
+	if (file == NULL || file->fork == NULL)
+		return true;
+	if (!files_owned())
+	{
+		errno = EPERM;
+		return false;
+	}
+	return begin(range, file->fork, file->segment_start, size);
 }
 
 /* done: the blocks are gone.  Otherwise they are absent as before. */
@@ -417,6 +447,11 @@ write_lazy(const OpenFile *file, int fd, const struct iovec *vector, int count, 
 		end = segment_end;
 	if (first >= end || !any_absent(file->fork, (uint32_t) first, (uint32_t) end))
 		return raw_write(fd, vector, count, offset);
+	if (!files_owned())
+	{
+		errno = EPERM;
+		return -1;
+	}
 	if (!hydrate_edges(file->fork, (uint32_t) first, file->segment_start +
 					   (uint32_t) (((uint64_t) offset + length - 1) / BLOCK_SIZE), offset, length))
 		return -1;

@@ -402,7 +402,10 @@ hydrate(LazyFork *fork, uint32_t block, uint32_t wanted)
 	}
 }
 
-/* Make blocks first to last present, as far as the pageserver has them. */
+/*
+ * Make blocks first to last present, as far as the pageserver has them.  Not in a child that shares the
+ * server's memory, to which neither the table of descriptors nor the connection belongs: EPERM there.
+ */
 bool
 hydrate_blocks(LazyFork *fork, uint32_t first, uint32_t last)
 {
@@ -419,6 +422,11 @@ hydrate_blocks(LazyFork *fork, uint32_t first, uint32_t last)
 
 		if (load_state(block_state(fork, b)) == BLOCK_PRESENT)
 			continue;
+		if (!files_owned())
+		{
+			errno = EPERM;
+			return false;
+		}
 		start = now_us();
 		done = hydrate(fork, b, last - b + 1);
 		lazy_count(misses, 1);
@@ -436,7 +444,7 @@ request_ahead(LazyFork *fork, uint32_t first, uint32_t last)
 {
 	int			saved_errno = errno;
 
-	if (first < fork->nblocks && connection_is_open())
+	if (first < fork->nblocks && connection_is_open() && files_owned())
 	{
 		if (last >= fork->nblocks)
 			last = fork->nblocks - 1;

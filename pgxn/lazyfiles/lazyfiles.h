@@ -255,6 +255,8 @@ typedef struct BlockRange
 	sigset_t	signals;
 } BlockRange;
 
+void		files_own(void);
+bool		files_owned(void);
 bool		may_open(const char *path, const RelTag *tag, uint32_t segment);
 bool		file_opened(int fd, const RelTag *tag, uint32_t segment);
 void		file_closed(int fd);

@@ -239,6 +239,7 @@ secret_setting(const char *name)
 static void
 after_fork_in_child(void)
 {
+	files_own();
 	pageserver_forget_connection();
 	hydrate_forget_requests();
 }
@@ -258,6 +259,7 @@ lazyfiles_start(void)
 		lazy_die("ZENITH_LAZYFILES_MAP, _PAGESERVER, _TENANT and _TIMELINE must be set together");
 	lazy_auth_token = secret_setting("ZENITH_AUTH_TOKEN");
 	connection_init(address, tenant, timeline, lazy_auth_token);
+	files_own();
 	relpath_init();
 	extension_init(setting("ZENITH_LAZYFILES_EXTENSIONS"));
 	open_map(path);

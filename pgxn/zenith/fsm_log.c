@@ -25,6 +25,7 @@
 #include "common/hashfn.h"
 #include "miscadmin.h"
 #include "pgstat.h"
+#include "portability/instr_time.h"
 #include "postmaster/bgworker.h"
 #include "postmaster/interrupt.h"
 #include "storage/fsm_internals.h"
@@ -33,7 +34,6 @@
 #include "utils/hsearch.h"
 #include "utils/memutils.h"
 #include "utils/resowner.h"
-#include "utils/timestamp.h"
 #include "utils/wait_event.h"
 
 /* In a directory that belongs to the server and that it does not look into. */
@@ -194,16 +194,27 @@ prepare(void)
 	SetConfigOption("wal_compression", "pglz", PGC_SUSET, PGC_S_SESSION);
 }
 
+/* By the monotonic clock: a step of the time of day must not keep maps out of the WAL. */
+static bool
+is_due(instr_time last_pass)
+{
+	instr_time	passed;
+
+	INSTR_TIME_SET_CURRENT(passed);
+	INSTR_TIME_SUBTRACT(passed, last_pass);
+	return INSTR_TIME_GET_MILLISEC(passed) >= zenith_fsm_log_interval * 1000.0;
+}
+
 /*
  * The worker also writes the snapshots that standbys begin at, more often than free space maps.
  */
 void
 zenith_fsm_log_main(Datum argument)
 {
-	TimestampTz last_pass;
+	instr_time	last_pass;
 
 	prepare();
-	last_pass = GetCurrentTimestamp();
+	INSTR_TIME_SET_CURRENT(last_pass);
 	while (!ShutdownRequestPending)
 	{
 		WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, SNAPSHOT_INTERVAL_MS,
@@ -217,9 +228,9 @@ zenith_fsm_log_main(Datum argument)
 		if (ShutdownRequestPending)
 			break;
 		standby_snapshot_log();
-		if (TimestampDifferenceExceeds(last_pass, GetCurrentTimestamp(), zenith_fsm_log_interval * 1000))
+		if (is_due(last_pass))
 		{
-			last_pass = GetCurrentTimestamp();
+			INSTR_TIME_SET_CURRENT(last_pass);
 			if (run_pass() > 0)
 				XLogSetAsyncXactLSN(last_logged);
 		}

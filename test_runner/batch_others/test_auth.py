@@ -18,6 +18,7 @@ from fixtures.auth_keys import AuthKeys
 from fixtures.http_clients import ZenithPageserverApiException
 from fixtures.page_verifier import verify_pages
 from fixtures.postgres import Postgres
+from fixtures.restored_datadir import check_restored_datadir_content
 from fixtures.utils import lsn_from_hex, lsn_to_hex, wait_until
 from fixtures.zenith_env import Safekeeper, SafekeeperPort, ZenithEnv, ZenithEnvBuilder
 
@@ -173,6 +174,18 @@ def test_computes(env: ZenithEnv) -> None:
     assert rows(pg) == 20_000
     add_rows(pg)
     verify_pages(pg)
+
+
+def test_restored_data_directory(
+    zenith_env_builder: ZenithEnvBuilder, test_output_dir: str
+) -> None:
+    """All of a compute is compared with storage, which wants a token, as often as one likes."""
+    env = started(zenith_env_builder, 0)
+    pg = env.postgres.create_start("main")
+    for _ in range(2):
+        add_rows(pg, 100)
+        check_restored_datadir_content(test_output_dir, env, pg)
+        pg.start()
 
 
 def test_wal_reaches_the_pageserver_without_a_compute(

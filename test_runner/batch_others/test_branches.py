@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import psycopg2
 import pytest
+from fixtures.storage import FLUSH_LSN, Branch
 from fixtures.utils import lsn_from_hex, lsn_to_hex
 from fixtures.zenith_env import ZenithEnvBuilder
-
-FLUSH_LSN = "SELECT pg_current_wal_flush_lsn()::text"
 
 
 @pytest.mark.parametrize("num_safekeepers", [0, 1])
@@ -28,6 +27,8 @@ def test_branches(zenith_env_builder: ZenithEnvBuilder, num_safekeepers: int) ->
     main.safe_psql("UPDATE t SET origin = 'changed'")
 
     env.zenith_cli.create_branch("past", "main", ancestor_start_lsn=lsns[1])
+    # Without an LSN a branch begins with what the pageserver has by then.
+    Branch.of(main).wait_for(main)
     env.zenith_cli.create_branch("newest", "main")
     past, newest = env.postgres.create_start("past"), env.postgres.create_start("newest")
     assert past.safe_psql("SELECT count(*), max(i), min(origin) FROM t") == [(2000, 1, "main")]
@@ -40,6 +41,7 @@ def test_branches(zenith_env_builder: ZenithEnvBuilder, num_safekeepers: int) ->
     assert newest.safe_psql("SELECT count(*), max(i) FROM t") == [(2000, 4)]
     assert main.safe_psql("SELECT count(*), max(i) FROM t") == [(5001, 200)]
 
+    Branch.of(past).wait_for(past)
     parent = "past"
     for depth in range(3):
         child = f"depth{depth}"
@@ -54,6 +56,31 @@ def test_branches(zenith_env_builder: ZenithEnvBuilder, num_safekeepers: int) ->
     assert past.safe_psql("SELECT count(*), max(i) FROM t") == [(2001, 100)]
     names = {name for name, _ in env.zenith_cli.list_timelines()}
     assert names == {"main", "past", "newest", "depth0", "depth1", "depth2"}
+
+
+def test_newest_state_has_what_was_acknowledged(zenith_env_builder: ZenithEnvBuilder) -> None:
+    """A branch has the commits before it also if the pageserver is behind, or it is said.
+
+    Who branches to look at what has just been done must not get what was before.
+    """
+    zenith_env_builder.num_safekeepers = 3
+    env = zenith_env_builder.init_start()
+    main = env.postgres.create_start("main")
+    main.safe_psql("CREATE TABLE t (i int)")
+    insert = "INSERT INTO t SELECT generate_series(1, 10000)"
+    # The second time it needs no pages that the compute does not have.
+    main.safe_psql(insert)
+    env.pageserver.kill()
+    main.safe_psql(insert)
+    env.pageserver.start()
+    env.zenith_cli.create_branch("newest", "main")
+    assert env.postgres.create_start("newest").safe_psql("SELECT count(*) FROM t") == [(20000,)]
+
+    for safekeeper in env.safekeepers[:2]:
+        safekeeper.stop()
+    branched = env.zenith_cli.raw_cli(["timeline", "branch", "--branch-name", "unsure"])
+    assert "the newest commits may be missing" in branched.stderr
+    assert "only 1 of the 3 safekeepers answer" in branched.stderr
 
 
 def test_branch_at_segment_boundary(zenith_env_builder: ZenithEnvBuilder) -> None:

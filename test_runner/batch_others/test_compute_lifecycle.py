@@ -70,6 +70,10 @@ def test_supervisor_killed_while_starting(zenith_env_builder: ZenithEnvBuilder) 
     assert pg.safe_psql("SHOW work_mem") == [("5MB",)]
     left = {path.name for path in pg.state_dir().iterdir()} & {"pgdata.old", "blocks.map.new"}
     assert not left
+    # Each life has taken over the lease of the one before, so that no history is kept for it.
+    tenant = env.repo_dir / "tenants" / pg.safe_psql("SHOW zenith.zenith_tenant")[0][0]
+    leases = tenant / "leases" / pg.safe_psql("SHOW zenith.zenith_timeline")[0][0]
+    assert leases.read_text().count("lease_id") == 1
 
 
 def test_stop_while_starting(zenith_env_builder: ZenithEnvBuilder) -> None:

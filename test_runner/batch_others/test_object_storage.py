@@ -14,18 +14,18 @@ from batch_others.test_wal_retention import (
     main_timeline,
     make_durable,
     metric,
-    oldest,
     put_back,
     rows,
     start,
-    status,
     wait_removed,
+    wait_stored,
+    wal_begin,
     write,
 )
 from fixtures.mock_s3 import MockS3Server
 from fixtures.remote_storage import LocalFsStorage, S3Storage
 from fixtures.safekeeper_wal import SEGMENT
-from fixtures.utils import lsn_from_hex, process_exists, wait_until
+from fixtures.utils import process_exists, wait_until
 from fixtures.zenith_env import Safekeeper, ZenithEnv, ZenithEnvBuilder
 
 # The places that --ttl has.
@@ -85,12 +85,7 @@ def test_wal_offload_to_s3(
     make_durable(env, timeline, end)
     for safekeeper in env.safekeepers:
         wait_removed(safekeeper, timeline, end)
-        wait_until(
-            lambda s=safekeeper: (  # type: ignore[misc]
-                lsn_from_hex(status(s, timeline)["s3_wal_lsn"]) >= end // SEGMENT * SEGMENT
-            ),
-            what="the control file to tell of it",
-        )
+        wait_stored(safekeeper, timeline, end)
     prefix = f"some/place/{env.initial_tenant.hex}/{timeline.hex}/"
     count = end // SEGMENT - lsn // SEGMENT
     check_objects(stored(server, "wal_bucket", prefix), count)
@@ -141,7 +136,7 @@ def test_wal_offload_with_ttl(zenith_env_builder: ZenithEnvBuilder) -> None:
     )
     pg = env.postgres.create_start("main")
     timeline = main_timeline(env)
-    begin = oldest(safekeeper, timeline)
+    begin = wal_begin(safekeeper, timeline)
     end = write(pg, 3)
     make_durable(env, timeline, end)
     wait_removed(safekeeper, timeline, end)

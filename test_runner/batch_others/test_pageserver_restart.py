@@ -153,6 +153,7 @@ def test_branch_of_wal_that_was_in_memory_only(zenith_env_builder: ZenithEnvBuil
     main = env.postgres.create_start("main")
     main.safe_psql("CREATE TABLE foo (t text)")
     main.safe_psql(FILL % (1, ROWS))
+    Branch.of(main).wait_for(main)
     timeline = env.zenith_cli.create_branch("branch", "main")
     branch = env.postgres.create_start("branch")
     branch.safe_psql("INSERT INTO foo VALUES ('on the branch')")

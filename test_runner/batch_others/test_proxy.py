@@ -301,7 +301,7 @@ def test_tls(
             psycopg2.connect(f"{proxy.connstr()} sslmode=disable")
         with pytest.raises(psycopg2.OperationalError):
             psycopg2.connect(f"{verified} ssl_max_protocol_version=TLSv1.2")
-        assert "TLS handshake failed" in proxy.log_text()
+        wait_until(lambda: "TLS handshake failed" in proxy.log_text(), what="the failure's log")
         assert "Traceback" not in proxy.log_text()
         assert proxy.safe_psql("SELECT 1") == [(1,)]
 

@@ -16,6 +16,7 @@ import pytest
 from batch_others import test_wal_retention as retention
 from fixtures.postgres import Postgres
 from fixtures.safekeeper_wal import Timeline, assert_same_wal
+from fixtures.storage import Branch
 from fixtures.utils import lsn_from_hex, wait_until
 from fixtures.zenith_env import Safekeeper, SafekeeperPort, ZenithEnv, ZenithEnvBuilder
 
@@ -121,6 +122,7 @@ def test_replace_one_after_the_other(env: ZenithEnv) -> None:
     """
     pg = env.postgres.create_start("main")
     write(pg, 1)
+    Branch.of(pg).wait_for(pg)
     env.zenith_cli.create_branch("idle", "main")
     idle = env.postgres.create_start("idle")
     write(idle, 2)
@@ -400,6 +402,8 @@ def test_lost_safekeepers_are_not_begun_again(env: ZenithEnv) -> None:
     """
     pg = env.postgres.create_start("main")
     write(pg, 1)
+    # What it has by now is all that there will be.
+    Branch.of(pg).wait_for(pg)
     pg.stop()
     for safekeeper in env.safekeepers:
         safekeeper.stop()

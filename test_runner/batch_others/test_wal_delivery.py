@@ -12,16 +12,11 @@ import uuid
 import pytest
 import requests
 from fixtures.postgres import Postgres
+from fixtures.storage import ACKNOWLEDGED
 from fixtures.utils import lsn_from_hex, wait_until
 from fixtures.zenith_env import Safekeeper, ZenithEnv, ZenithEnvBuilder
 
 ROWS = 5000
-
-
-# Not the server's own flush LSN, which may lie in the middle of a record that nobody waits for.
-ACKNOWLEDGED = (
-    "SELECT flush_lsn::text FROM pg_stat_replication WHERE application_name = 'walproposer'"
-)
 
 
 def write_rows(pg: Postgres, first: int) -> int:
@@ -185,7 +180,7 @@ def test_commit_without_safekeepers(zenith_env_builder: ZenithEnvBuilder) -> Non
     with pg.connect() as connection, connection.cursor() as cursor:
         cursor.execute("SET synchronous_commit = on")
         cursor.execute("INSERT INTO t VALUES (1)")
-        cursor.execute("SELECT pg_current_wal_flush_lsn()::text")
+        cursor.execute(ACKNOWLEDGED)
         lsn = lsn_from_hex(cursor.fetchone()[0])
     env.pageserver.kill()
     pg.kill_supervisor()

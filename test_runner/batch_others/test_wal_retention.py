@@ -36,14 +36,26 @@ def main_timeline(env: ZenithEnv) -> uuid.UUID:
     return uuid.UUID(dict(env.zenith_cli.list_timelines())["main"])
 
 
+def on(safekeeper: Safekeeper, timeline: uuid.UUID) -> Timeline:
+    """A timeline of the initial tenant on a safekeeper."""
+    return Timeline(safekeeper, safekeeper.env.initial_tenant, timeline)
+
+
 def status(safekeeper: Safekeeper, timeline: uuid.UUID) -> dict[str, Any]:
     """A safekeeper's description of a timeline."""
-    return Timeline(safekeeper, safekeeper.env.initial_tenant, timeline).status()
+    return on(safekeeper, timeline).status()
 
 
 def oldest(safekeeper: Safekeeper, timeline: uuid.UUID) -> int:
     """Where WAL begins on a safekeeper."""
     return lsn_from_hex(status(safekeeper, timeline)["oldest_lsn"])
+
+
+def wal_begin(safekeeper: Safekeeper, timeline: uuid.UUID) -> int:
+    """Where WAL begins on a safekeeper, once it has some: a compute may be up before that."""
+    return wait_until(
+        lambda: oldest(safekeeper, timeline), what=f"safekeeper {safekeeper.id} to have WAL"
+    )
 
 
 def metric(safekeeper: Safekeeper, name: str) -> int:
@@ -52,12 +64,6 @@ def metric(safekeeper: Safekeeper, name: str) -> int:
     match = re.search(rf"^safekeeper_{name}(?:{{.*}})? (\d+)$", text, re.MULTILINE)
     assert match is not None, name
     return int(match[1])
-
-
-def segments(safekeeper: Safekeeper, timeline: uuid.UUID) -> list[str]:
-    """Names of the WAL files of a timeline."""
-    directory = safekeeper.data_dir / safekeeper.env.initial_tenant.hex / timeline.hex
-    return sorted(p.name for p in directory.iterdir() if p.name.startswith("00000001"))
 
 
 def write(pg: Postgres, count: int) -> int:
@@ -92,10 +98,30 @@ def make_durable(env: ZenithEnv, timeline: uuid.UUID, lsn: int) -> None:
 
 
 def wait_removed(safekeeper: Safekeeper, timeline: uuid.UUID, lsn: int) -> None:
-    """Until a safekeeper has no segment any more that ends below an LSN."""
+    """Until a safekeeper has no segment any more that ends below an LSN.
+
+    It says so before it removes the first one: nobody is to begin to read what goes.
+    """
+    first = lsn // SEGMENT
     wait_until(
-        lambda: oldest(safekeeper, timeline) >= lsn // SEGMENT * SEGMENT,
+        lambda: (
+            oldest(safekeeper, timeline) >= first * SEGMENT
+            and min(on(safekeeper, timeline).segments()) >= first
+        ),
         what=f"safekeeper {safekeeper.id} to remove WAL",
+    )
+
+
+def wait_stored(safekeeper: Safekeeper, timeline: uuid.UUID, lsn: int) -> None:
+    """Until a safekeeper tells that all segments that end below an LSN are in object storage.
+
+    It removes them before it has written that down.
+    """
+    wait_until(
+        lambda: (
+            lsn_from_hex(status(safekeeper, timeline)["s3_wal_lsn"]) >= lsn // SEGMENT * SEGMENT
+        ),
+        what=f"the control file of safekeeper {safekeeper.id} to tell of what is stored",
     )
 
 
@@ -116,7 +142,7 @@ def test_removed_as_the_pageserver_gets_on(zenith_env_builder: ZenithEnvBuilder)
     env = start(zenith_env_builder)
     pg = env.postgres.create_start("main")
     timeline = main_timeline(env)
-    begin = oldest(env.safekeepers[0], timeline)
+    begin = wal_begin(env.safekeepers[0], timeline)
     lsn = write(pg, 3)
     # The pageserver has it in memory only.
     for safekeeper in env.safekeepers:
@@ -126,7 +152,7 @@ def test_removed_as_the_pageserver_gets_on(zenith_env_builder: ZenithEnvBuilder)
     for safekeeper in env.safekeepers:
         wait_removed(safekeeper, timeline, lsn)
         wait_until(
-            lambda s=safekeeper: metric(s, "wal_segments") == len(segments(s, timeline)),  # type: ignore[misc]
+            lambda s=safekeeper: metric(s, "wal_segments") == len(on(s, timeline).segments()),  # type: ignore[misc]
             what="the metric to tell what is there",
         )
     assert "wal_keep_size = '0'" in (env.repo_dir / "config").read_text()
@@ -247,7 +273,7 @@ def test_old_pageserver_reads_offloaded_wal(
     make_durable(env, timeline, end)
     for safekeeper in env.safekeepers:
         wait_removed(safekeeper, timeline, end)
-        assert lsn_from_hex(status(safekeeper, timeline)["s3_wal_lsn"]) >= end // SEGMENT * SEGMENT
+        wait_stored(safekeeper, timeline, end)
     names = [p.name for p in (storage / env.initial_tenant.hex / timeline.hex).iterdir()]
     assert sum(name.endswith(".crc32c") for name in names) * 2 == len(names)
     assert len(names) // 2 >= end // SEGMENT - lsn // SEGMENT
@@ -350,7 +376,7 @@ def test_replaced_safekeeper_serves_wal_it_never_had(
     env.zenith_cli.raw_cli(["safekeeper", "replace", "2", "--id", "2"])
     pg.stop().start()
     # Its log began inside a segment, which the others store.
-    begin = oldest(second, timeline)
+    begin = wal_begin(second, timeline)
     assert begin > lsn
     end = write(pg, 2)
     make_durable(env, timeline, end)

@@ -16,7 +16,7 @@ import pytest
 import requests
 from fixtures.postgres import Postgres
 from fixtures.safekeeper_wal import Timeline
-from fixtures.storage import FLUSH_LSN, Branch
+from fixtures.storage import ACKNOWLEDGED, FLUSH_LSN, Branch
 from fixtures.utils import lsn_from_hex, wait_until
 from fixtures.zenith_env import ZenithEnvBuilder
 
@@ -229,7 +229,7 @@ def test_one_is_away_when_computes_start(zenith_env_builder: ZenithEnvBuilder) -
     pg.stop()
     pg.start()
     grow(pg)
-    lsn = lsn_from_hex(pg.safe_psql(FLUSH_LSN)[0][0])
+    lsn = lsn_from_hex(pg.safe_psql(ACKNOWLEDGED)[0][0])
     after = [s.http_client().timeline_status(*ids) for s in (first, second)]
     assert before[0].acceptor_epoch == before[1].acceptor_epoch
     assert after[0].acceptor_epoch == after[1].acceptor_epoch > before[0].acceptor_epoch

@@ -162,7 +162,14 @@ def test_bad_private_keys_are_refused(tmp_path: Path) -> None:
 def test_tokens_are_redacted() -> None:
     """Wherever they stand in a text, with or without a connection string around them."""
     for good in (token(MANAGEMENT), token(OWN)):
-        for text in (good, f"Bearer {good}", f"x postgresql://u:{good}@h:1", f"password='{good}'"):
+        for text in (
+            good,
+            f"Bearer {good}",
+            f"x postgresql://u:{good}@h:1",
+            f"password='{good}'",
+            f"/v1/doc?token%3D{good}",
+            f"t.{good}",
+        ):
             assert not any(part in redact(text) for part in good.split("."))
     assert redact("the eyJ of 1.2.3 is none") == "the eyJ of 1.2.3 is none"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -19,6 +20,8 @@ import pytest
 from batch_unit.cli_support import IDS, TENANT, Run, make_env, run
 from batch_unit.cli_support import zenith as process
 
+from control_plane import environment_checks
+from control_plane.addresses import listen_error
 from control_plane.compute import ComputeControlPlane
 from control_plane.local_env import LocalEnv, default_zenith_distrib_dir, unknown_keys
 from postgres_ffi.distrib import find_distrib
@@ -111,7 +114,7 @@ def test_no_postgres(env: LocalEnv, zenith: Run) -> None:
     assert "postgresql-15" in found["postgres"]["remedy"]
 
 
-def test_no_headers_and_no_compiler(
+def test_old_postgres_without_headers_and_no_compiler(
     env: LocalEnv, zenith: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     distrib = tmp_path / "distrib" / "bin"
@@ -124,10 +127,22 @@ def test_no_headers_and_no_compiler(
     monkeypatch.setenv("CC", "/no/such/compiler")
     status, found = doctor(zenith)
     assert status == 1
+    assert found["postgres"]["result"] == "fail"
+    assert "install PostgreSQL 15.13" in found["postgres"]["found"]
     assert found["server headers"]["result"] == "fail"
     assert "postgresql-server-dev-15" in found["server headers"]["remedy"]
     assert found["C compiler"]["result"] == "fail"
     assert found["psql"]["result"] == "warn"
+
+
+@pytest.mark.parametrize("name", ["a b", "a:b"])
+def test_a_cache_that_cannot_be_preloaded_from(
+    env: LocalEnv, repo: Path, zenith: Run, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("ZENITH_CACHE_DIR", str(repo.parent / name))
+    status, found = doctor(zenith)
+    assert (status, set(found)) == (1, {"cache"})
+    assert found["cache"]["remedy"] == "set ZENITH_CACHE_DIR to a directory that has none"
 
 
 def test_no_programs(env: LocalEnv, zenith: Run) -> None:
@@ -143,6 +158,51 @@ def test_port_of_a_stopped_daemon_is_taken(env: LocalEnv, zenith: Run) -> None:
         status, found = doctor(zenith)
     assert (status, set(found)) == (1, {"ports of safekeeper 1"})
     assert str(env.safekeepers[0].http_port) in found["ports of safekeeper 1"]["found"]
+
+
+def test_a_port_that_is_not_ours_to_use(
+    env: LocalEnv, zenith: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody listens there: looking for somebody would be in vain."""
+    ComputeControlPlane(env).create(TENANT, "node", TimelineId.parse(IDS[0]), None, 700)
+    env.pageserver.listen_pg_addr = "192.0.2.1:64000"  # TEST-NET-1: of no machine
+    env.save()
+
+    def unprivileged(host: str, port: int) -> OSError | None:
+        if port < 1024:
+            return PermissionError(errno.EACCES, "Permission denied")
+        return listen_error(host, port)
+
+    monkeypatch.setattr(environment_checks, "listen_error", unprivileged)
+    _, found = doctor(zenith)
+    assert {check: finding["found"] for check, finding in found.items()} == {
+        "ports of pageserver": "it could not listen on 192.0.2.1:64000 "
+        "(Cannot assign requested address)",
+        "postgres node": "is stopped, and it could not listen on its port 700 (Permission denied)",
+    }
+
+
+def test_a_malformed_address_hides_no_other_finding(env: LocalEnv, zenith: Run) -> None:
+    env.pageserver.listen_pg_addr = "nonsense"
+    env.save()
+    with socket.create_server(("127.0.0.1", env.safekeepers[0].http_port)):
+        status, found = doctor(zenith)
+    assert (status, set(found)) == (1, {"ports of pageserver", "ports of safekeeper 1"})
+    assert "nonsense" in found["ports of pageserver"]["found"]
+    assert found["ports of pageserver"]["remedy"] == f"correct it in {env.config_path}"
+
+
+def test_ports_that_are_none(env: LocalEnv, zenith: Run) -> None:
+    node = ComputeControlPlane(env).create(TENANT, "node", TimelineId.parse(IDS[0]), None, None)
+    (node.pgdata / "postgresql.conf").write_text(
+        f"port=70000\nzenith.zenith_tenant='{TENANT}'\nzenith.zenith_timeline='{IDS[0]}'\n"
+    )
+    _, found = doctor(zenith)
+    assert "port 70000 must be from 1 to 65535" in found["nodes"]["found"]
+    text = env.config_path.read_text()
+    env.config_path.write_text(text.replace("pg_port = ", "pg_port = 9"))
+    _, found = doctor(zenith)
+    assert "is no port: it must be from 1 to 65535" in found["config"]["found"]
 
 
 def test_a_daemon_that_takes_no_connections(env: LocalEnv, zenith: Run) -> None:
@@ -221,10 +281,14 @@ def test_little_room(
 
 
 def test_few_descriptors(env: LocalEnv, zenith: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The daemons take what they may have.
     monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 4096))
     status, found = doctor(zenith)
+    assert (status, found) == (0, {})
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 512))
+    status, found = doctor(zenith)
     assert (status, found["open files"]["result"]) == (0, "warn")
-    assert "ulimit -n" in found["open files"]["remedy"]
+    assert "raise the hard limit, 512" in found["open files"]["remedy"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="Postgres runs as another user only under root")

@@ -120,6 +120,38 @@ def test_a_name_that_another_branch_uses(env: LocalEnv, running: set[str], node:
     assert refusal(env, "fix").endswith("zenith pg start fix_node --branch-name fix")
 
 
+@pytest.mark.parametrize(
+    ("branch", "name", "quoted"),
+    [
+        ("feature/x", "feature_x", "feature/x"),
+        ("it's;rm", "it_s_rm", "'it'\"'\"'s;rm'"),
+        (".x", "_.x", ".x"),
+        ("über", "_ber", "'über'"),
+    ],
+)
+def test_a_branch_whose_name_no_node_can_have(
+    env: LocalEnv,
+    running: set[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    branch: str,
+    name: str,
+    quoted: str,
+) -> None:
+    """The advice can be entered as it stands, and a node is made without naming it."""
+    env.branches[branch] = {TENANT: TimelineId.parse(IDS[2])}
+    env.save()
+    plane = ComputeControlPlane(env)
+    for free in (name, f"{name}_node", f"{name}_2"):
+        assert refusal(env, branch).endswith(f"zenith pg start {free} --branch-name {quoted}")
+        plane.create(TENANT, free, env.branch_timeline("main", TENANT), None, None)
+    assert run(capsys, monkeypatch, "pg", "stop", f"{name}_node", "--destroy")[0] == 0
+    assert run(capsys, monkeypatch, "pg", "create", "--branch-name", branch) == (0, "", "")
+    made = plane.get(TENANT, f"{name}_node")
+    assert made is not None
+    assert made.timeline_id == env.branch_timeline(branch, TENANT)
+
+
 def test_a_broken_node(env: LocalEnv, running: set[str], node: Make) -> None:
     (node("broken").pgdata / "postgresql.conf").write_text("port = x\n")
     assert "cannot read the settings of node broken in " in refusal(env, "broken")

@@ -167,6 +167,20 @@ def test_a_safekeeper_is_down(alive: dict[str, PidFile], zenith: Run) -> None:
     assert "main 0/40 0/40 stopped 0/40" in " ".join(text.split())
 
 
+def test_a_removed_safekeeper_that_runs(alive: object, env: LocalEnv, zenith: Run) -> None:
+    """A change of the safekeepers that was broken off has left it."""
+    env.safekeeper_dir(9).mkdir()
+    assert "All is well." in zenith("status")[1]
+    pid_file = PidFile(env.safekeeper_dir(9) / "safekeeper.pid")
+    pid_file.write()
+    try:
+        status, out, _ = zenith("status")
+    finally:
+        pid_file.close()
+    assert status == 0
+    assert "safekeeper 9 was removed and still runs: zenith safekeeper stop 9\n" in out
+
+
 def test_no_quorum_and_no_pageserver(alive: dict[str, PidFile], zenith: Run) -> None:
     for name in ("pageserver", "1", "3"):
         alive.pop(name).close()

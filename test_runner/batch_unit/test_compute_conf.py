@@ -119,6 +119,17 @@ def test_local_wal_is_bounded_where_safekeepers_have_it() -> None:
     assert "wal_keep_size" not in postgres_conf.command_line(users, direct)
 
 
+def test_wal_that_the_quorum_has_not_got_is_kept() -> None:
+    users = {"max_slot_wal_keep_size": "64MB"}
+    name = "max_slot_wal_keep_size"
+    assert postgres_conf.command_line(users, node())[name] == "-1"
+    # Others have no slot of ours: it is the user's, for slots of their own.
+    assert name not in postgres_conf.command_line(
+        users, node(standby_name="pageserver", safekeepers=False)
+    )
+    assert name not in postgres_conf.command_line(users, node(standby_name=None))
+
+
 @pytest.mark.parametrize(
     ("users", "forced"),
     [
@@ -214,6 +225,43 @@ def test_a_file_that_includes_itself(pgdata: Path, tmp_path: Path) -> None:
     (pgdata / "postgresql.conf").write_text("include 'postgresql.conf'\nport = 9\n")
     assert ConfigFiles(pgdata, tmp_path / "generated.conf").generate()["port"] == "9"
     assert postgres_conf.parse_include("INCLUDE 'x'") == Include("include", "x")
+
+
+@pytest.mark.parametrize("method", ["generate", "generate_plain"])
+def test_an_unreadable_file_leaves_what_was_made_of_it(
+    pgdata: Path, tmp_path: Path, method: str
+) -> None:
+    conf, generated = pgdata / "postgresql.conf", tmp_path / "generated.conf"
+    conf.write_text("port = 5\n")
+    config = ConfigFiles(pgdata, generated)
+    getattr(config, method)()
+    before = generated.read_text()
+    conf.rename(pgdata / "away")
+    for _ in range(2):
+        assert config.changed()
+        with pytest.raises(FileNotFoundError):
+            getattr(config, method)()
+        assert generated.read_text() == before
+    (pgdata / "away").rename(conf)
+    assert config.changed(), "it is read again though it is the same file as before"
+    getattr(config, method)()
+    assert not config.changed()
+    assert generated.read_text() == before
+
+
+def test_files_that_postgres_misses(pgdata: Path, tmp_path: Path) -> None:
+    (pgdata / "d").mkdir()
+    (pgdata / "d" / "1.conf").write_text("port = 1\n")
+    conf = pgdata / "postgresql.conf"
+    conf.write_text("include_dir 'd'\ninclude_if_exists 'none.conf'\n")
+    config = ConfigFiles(pgdata, tmp_path / "generated.conf")
+    assert config.generate()["port"] == "1"
+    assert config.complete
+    (pgdata / "d" / "2.conf").symlink_to("nowhere")
+    assert config.generate()["port"] == "1"
+    assert not config.complete
+    text = (tmp_path / "generated.conf").read_text()
+    assert f"\ninclude '{pgdata}/d/2.conf'\n" in text, "Postgres itself says what is missing"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may read more than Postgres' user")

@@ -128,7 +128,7 @@ def test_destroy(tmp_path: Path) -> None:
     make_old(pgdata)
     (state_dir / "pgdata.new").mkdir(parents=True)
     state.write(state_dir, Phase.CRASHED)
-    lock = state.lock(state_dir)
+    lock = state.lock(state_dir, to_destroy=True)
     datadir.destroy(pgdata, state_dir)
     os.close(lock)
     assert not pgdata.exists()

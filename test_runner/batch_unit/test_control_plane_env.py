@@ -7,15 +7,26 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from compute_tools import state
-from control_plane import http_client
+from control_plane import compute, daemons, http_client
 from control_plane.addresses import parse_address
-from control_plane.compute import FIRST_PORT, ComputeControlPlane, postgresql_conf
+from control_plane.compute import (
+    FIRST_PORT,
+    Compute,
+    ComputeControlPlane,
+    postgresql_conf,
+    stop_supervisor,
+)
 from control_plane.daemons import Daemon
+from control_plane.environment import compute_environment, daemon_environment
 from control_plane.errors import ControlPlaneError
 from control_plane.local_env import LocalEnv, PageserverConf, SafekeeperConf
 from control_plane.processes import signal_holder
@@ -25,6 +36,7 @@ from zenith_utils.pid_file import PidFile
 
 TENANT = TenantId.parse("11" * 16)
 TIMELINE = TimelineId.parse("22" * 16)
+NOWHERE = ("127.0.0.1", 1)
 
 
 def make_env(repo_dir: Path, safekeepers: int = 0) -> LocalEnv:
@@ -172,6 +184,75 @@ def test_destroy_without_supervisor(tmp_path: Path) -> None:
     assert plane.get(TENANT, "node") is None
 
 
+HOLD_LOCK = """
+import sys
+from pathlib import Path
+from compute_tools import state
+state.lock(Path(sys.argv[1]), to_destroy=sys.argv[2] == "destroy")
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def holding_lock(node: Compute, role: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that holds a node's lock until its standard input is closed."""
+    command = [sys.executable, "-c", HOLD_LOCK, str(node.state_dir), role]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline()
+        yield process
+
+
+@pytest.mark.parametrize("immediate", [False, True])
+def test_who_destroys_a_node_is_waited_for(tmp_path: Path, immediate: bool) -> None:
+    """And not taken for its supervisor: nobody would finish what it leaves half done."""
+    plane = ComputeControlPlane(make_env(tmp_path))
+    node = plane.create(TENANT, "node", TIMELINE, None, 6000)
+    node.state_dir.mkdir(parents=True)
+    state.write(node.state_dir, state.Phase.STOPPED)
+    with holding_lock(node, "destroy") as process:
+        stdin = process.stdin
+        assert stdin is not None
+        assert (node.status(), plane.living()) == ("stopping", [("node", node.state_dir)])
+        with pytest.raises(state.AlreadyRunning):
+            state.lock(node.state_dir)
+        said: list[str] = []
+
+        def say(text: str) -> None:
+            said.append(text)
+            stdin.close()
+
+        stop_supervisor("node", node.state_dir, say, immediate=immediate)
+        assert process.wait(10) == 0
+    assert said == ["waiting for server to shut down....", "server stopped"]
+
+
+def test_a_node_whose_crash_nobody_has_noticed_can_be_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is shown as crashed, so it is not refused as running: its supervisor is about to end."""
+    node = ComputeControlPlane(make_env(tmp_path)).create(TENANT, "node", TIMELINE, None, 6000)
+    node.state_dir.mkdir(parents=True)
+    state.write(node.state_dir, state.Phase.RUNNING)
+    with holding_lock(node, "supervise") as process:
+        stdin = process.stdin
+        assert stdin is not None
+        assert node.status() == "crashed"
+
+        def supervisor_ends(_: float) -> None:
+            stdin.close()
+            process.wait(10)
+
+        def launch(*_: object) -> None:
+            raise ControlPlaneError("it is launched")
+
+        clock = SimpleNamespace(monotonic=time.monotonic, sleep=supervisor_ends)
+        monkeypatch.setattr(compute, "time", clock)
+        monkeypatch.setattr(Compute, "_launch", launch)
+        with pytest.raises(ControlPlaneError, match="it is launched"):
+            node.start(lambda _: None)
+
+
 def test_interrupted_swap_is_recovered(tmp_path: Path) -> None:
     plane = ComputeControlPlane(make_env(tmp_path))
     node = plane.create(TENANT, "node", TIMELINE, None, 6000)
@@ -227,9 +308,8 @@ def test_only_the_holder_is_signalled() -> None:
     assert signal_holder(lambda: None, signal.SIGKILL) is None
 
 
-def test_daemon_is_known_by_its_lock(tmp_path: Path) -> None:
-    nowhere = ("127.0.0.1", 1)
-    daemon = Daemon("Safekeeper 1", "safekeeper", tmp_path, ("false",), nowhere, nowhere, "x")
+def test_daemon_is_known_by_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    daemon = Daemon("Safekeeper 1", "safekeeper", tmp_path, ("false",), NOWHERE, NOWHERE, "x")
     said: list[str] = []
     daemon.stop(said.append, immediate=False)
     daemon.pid_file.write_text(str(os.getpid()))
@@ -241,8 +321,80 @@ def test_daemon_is_known_by_its_lock(tmp_path: Path) -> None:
     lock = PidFile(daemon.pid_file)
     lock.write()
     said.clear()
-    daemon.start(said.append)
+    # It runs, and does not answer.
+    monkeypatch.setattr(daemons, "START_TIMEOUT", 0.0)
+    with pytest.raises(ControlPlaneError, match=r"safekeeper failed to start in 0 seconds"):
+        daemon.start(said.append)
     assert said == [f"Safekeeper 1 is already running with pid {os.getpid()}"]
     lock.close()
     with pytest.raises(ControlPlaneError, match=r"Safekeeper failed to start\. See"):
         daemon.start(said.append)
+
+
+def test_credentials_stay_with_the_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A superuser of one tenant's database could read those of all tenants' object storage."""
+    secrets = {"AWS_SECRET_ACCESS_KEY": "a", "S3_SECRET": "b", "AZURE_X": "c", "GOOGLE_X": "d"}
+    builder = {"CC": "/opt/cc", "PATH": "/opt/bin:/bin", "HOME": "/h"}
+    for name, value in (secrets | builder | {"PGOPTIONS": "x"}).items():
+        monkeypatch.setenv(name, value)
+    for name in ("RUST_LOG", "XDG_CACHE_HOME", "ZENITH_CACHE_DIR", "ZENITH_OS_USER"):
+        monkeypatch.delenv(name, raising=False)
+    compute = builder | {"RUST_BACKTRACE": "1"}
+    assert compute_environment() == compute
+    assert {name: daemon_environment()[name] for name in compute | secrets} == compute | secrets
+
+
+def test_a_compute_is_started_without_credentials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    node = ComputeControlPlane(make_env(tmp_path)).create(TENANT, "node", TIMELINE, None, 6000)
+    given: dict[str, str] = {}
+
+    def popen(*_: object, env: dict[str, str], **__: object) -> None:
+        given.update(env)
+        raise FileNotFoundError
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    with pytest.raises(FileNotFoundError):
+        node.start(lambda _: None)
+    assert given["PATH"] == os.environ["PATH"]
+    assert "AWS_SECRET_ACCESS_KEY" not in given
+
+
+DAEMON = """
+import os, signal, sys
+from pathlib import Path
+from zenith_utils.pid_file import PidFile
+read_fd, write_fd = os.pipe()
+if os.fork():
+    os.close(write_fd)
+    os.read(read_fd, 1)
+    os.kill(os.getppid(), int(sys.argv[2]))
+    os._exit(0)
+pid_file = PidFile(Path(sys.argv[1]))
+pid_file.write()
+os.close(write_fd)
+signal.pause()
+"""
+
+
+@pytest.mark.parametrize("launching", [True, False])
+def test_an_interrupted_start_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launching: bool
+) -> None:
+    """Whether it goes to the background or does not answer yet."""
+    pid_file = tmp_path / "safekeeper.pid"
+    number = signal.SIGINT if launching else 0
+    command = (sys.executable, "-c", DAEMON, str(pid_file), str(int(number)))
+    daemon = Daemon("Safekeeper 1", "safekeeper", tmp_path, command, NOWHERE, NOWHERE, "x")
+
+    def interrupt(_: Daemon) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Daemon, "_answers", interrupt)
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        daemon.start(said.append)
+    assert "Safekeeper stopped receiving connections" in said
+    assert (pid_file.exists(), daemon.running_pid()) == (True, None)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,8 +18,9 @@ from compute_tools.safekeeper_membership import (
     SafekeeperMembership,
 )
 from compute_tools.walproposer.membership import ANY_INSTANCE, Generation, Membership
-from control_plane import node_safekeepers, safekeeper_changes
+from control_plane import daemons, node_safekeepers, safekeeper_changes, settling
 from control_plane.compute import ComputeControlPlane
+from control_plane.daemons import Daemon
 from control_plane.errors import ControlPlaneError
 from control_plane.local_env import (
     GenerationMember,
@@ -233,6 +237,120 @@ def test_nodes_follow_what_was_the_environments(env: LocalEnv, tmp_path: Path) -
     )
 
 
+def test_settings_that_cannot_be_written_break_no_change_off(
+    env: LocalEnv, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The old safekeeper is stopped and the new one started all the same, and it is told of."""
+    ComputeControlPlane(env).create(TENANT, "main", MAIN, None, 6000)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(node_safekeepers, "follow", full)
+    change = safekeeper_changes.remove(env, 2)
+    assert [daemon.title for daemon in change.removed] == ["Safekeeper 2"]
+    monkeypatch.setattr(cli_safekeepers, "settle", lambda *_: None)
+    cli_safekeepers._carry_out(env, change)
+    captured = capsys.readouterr()
+    assert "Safekeeper 2 is already stopped\n" in captured.out
+    assert "cannot write the new safekeepers into the settings of node main" in captured.err
+    assert "No space left on device" in captured.err
+
+
+def test_a_removed_safekeeper_that_does_not_stop_puts_nothing_off(
+    env: LocalEnv, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    def stop(self: Daemon, _say: object, *, immediate: bool) -> None:
+        raise ControlPlaneError(f"Failed to stop {self.kind}")
+
+    monkeypatch.setattr(Daemon, "stop", stop)
+    monkeypatch.setattr(cli_safekeepers, "start_safekeeper", lambda _, i: done.append(f"start {i}"))
+    monkeypatch.setattr(cli_safekeepers, "settle", lambda *_: done.append("settle"))
+    change = safekeeper_changes.Change((daemons.safekeeper(env, 2),), 4, ())
+    with pytest.raises(ControlPlaneError, match="Failed to stop safekeeper"):
+        cli_safekeepers._carry_out(env, change)
+    assert done == ["start 4", "settle"]
+
+
+def test_an_environment_without_safekeepers_stays_so(env: LocalEnv) -> None:
+    env.safekeepers = []
+    env.save()
+    with pytest.raises(ControlPlaneError, match="made without safekeepers"):
+        safekeeper_changes.add(env, None, None, None)
+    assert LocalEnv.load(env.repo_dir).safekeepers == []
+
+
+OTHER = TimelineId.parse("44" * 16)
+
+
+def try_lock(env: LocalEnv, operation: int) -> bool:
+    """Whether the lock between starts of computes and settling is free for an operation."""
+    with (env.repo_dir / "settling.lock").open("a") as file:
+        try:
+            fcntl.flock(file, operation | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def test_a_compute_that_was_started_meanwhile_is_not_fenced(
+    env: LocalEnv, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Settling looks anew before each branch, and nobody starts a compute on that one then."""
+    env.safekeeper_generation = 1
+    env.branches["z"] = {TENANT: OTHER}
+    other = f"{TENANT}-{OTHER}"
+    known = {
+        instance(1): {
+            KEY: TimelineStanding("main", True, 0),
+            other: TimelineStanding("z", True, 0),
+        }
+    }
+    busy: set[str] = set()
+    settled: list[str] = []
+
+    def establish(_: LocalEnv, _tenant: str, timeline: str) -> str:
+        settled.append(timeline)
+        assert not try_lock(env, fcntl.LOCK_SH)
+        busy.add(other)  # waited for the lock
+        return ""
+
+    monkeypatch.setattr(settling, "_establish", establish)
+    monkeypatch.setattr(settling, "_with_compute", lambda _: set(busy))
+    monkeypatch.setattr("control_plane.membership.ask_standings", lambda _: known)
+    said: list[str] = []
+    settling.settle(env, said.append)
+    assert settled == [str(MAIN)]
+    assert said == ["branch main now has safekeepers of generation 1"]
+    busy.clear()
+    known[instance(1)][KEY] = TimelineStanding("main", True, 1)
+    settling.settle(env, said.append)
+    assert settled == [str(MAIN), str(OTHER)]
+
+
+def test_branches_are_not_settled_until_a_started_compute_is_seen(
+    env: LocalEnv, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = ComputeControlPlane(env).create(TENANT, "main", MAIN, None, 6000)
+    free: list[bool] = []
+
+    def read(_: object) -> state.ComputeState:
+        free.append(try_lock(env, fcntl.LOCK_EX))
+        seen = None if len(free) < 5 else 1
+        return state.ComputeState(state.Phase.STARTING, seen, "")
+
+    monkeypatch.setattr(state, "read", read)
+    node.state_dir.mkdir(parents=True)
+    log_file = node.state_dir / "compute.log"
+    with log_file.open("wb") as log, subprocess.Popen("cat", stdin=subprocess.PIPE) as it:
+        monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: it)
+        assert node._launch(node.state_dir / "spec.json", {}, log.fileno(), log) is it
+        it.kill()
+    assert (free, try_lock(env, fcntl.LOCK_EX)) == ([False] * 5, True)
+
+
 def test_only_nodes_that_need_safekeepers_are_to_be_started_anew(
     env: LocalEnv, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -247,7 +365,9 @@ def test_only_nodes_that_need_safekeepers_are_to_be_started_anew(
     env.safekeepers = confs((1, 2, 4))
     running = state.ComputeState(state.Phase.RUNNING, 1, "")
     monkeypatch.setattr(state, "read", lambda _: running)
-    nodes = plane.follow_safekeepers(before)
+    troubles: list[ControlPlaneError] = []
+    nodes = plane.follow_safekeepers(before, troubles.append)
+    assert not troubles
     assert [node.name for node in nodes] == ["main", "replica", "theirs"]
     past = plane.get(TENANT, "past")
     assert past is not None

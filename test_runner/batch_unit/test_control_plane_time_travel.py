@@ -221,6 +221,29 @@ def test_pageserver_that_falls_behind(
         time_travel.find_moment(env, TENANT, MAIN, AT)
 
 
+def test_newest_state(services: Services, env: LocalEnv, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is acknowledged is waited for, and it is said if that cannot be had."""
+    services.answers = [
+        answer("nodata", "0/800", commit_time=None),
+        answer("future", "0/2fff"),
+        answer("future", "0/3000"),
+        answer("future", "0/4000"),
+    ]
+    time_travel.wait_for_newest(env, TENANT, MAIN)
+    assert services.answers == [answer("future", "0/4000")]
+    monkeypatch.setattr(time_travel, "_STALLED_NOW_AFTER", 0)
+    services.answers = [answer("future", "0/2fff")]
+    with pytest.raises(time_travel.NewestUnknownError, match=r"has WAL up to 0/2FFF only"):
+        time_travel.wait_for_newest(env, TENANT, MAIN)
+    services.safekeepers = (DOWN, Log(1), DOWN)
+    with pytest.raises(time_travel.NewestUnknownError, match="only 1 of the 3 safekeepers answer"):
+        time_travel.wait_for_newest(env, TENANT, MAIN)
+    services.asked.clear()
+    env.safekeepers.clear()
+    time_travel.wait_for_newest(env, TENANT, MAIN)
+    assert services.asked == []
+
+
 def test_refusals(services: Services, env: LocalEnv) -> None:
     services.answers = [answer("past", "0/1000")]
     oldest = "the oldest time that can be had.* is 2026-11-22 09:59:00\\+00:00"

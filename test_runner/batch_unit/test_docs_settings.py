@@ -14,8 +14,10 @@ from batch_unit.pageserver_support import REPOSITORY
 from compute_tools import postgres_conf
 from control_plane.local_env import LocalEnv, PageserverConf, SafekeeperConf
 from pageserver import failpoints
+from pageserver import main as pageserver_main
 from pageserver.config import PageServerConf, RemoteStorageConf, parse_config
 from pageserver.tenant_config import TENANT_KEYS
+from proxy import main as proxy_main
 from safekeeper import main as safekeeper_main
 from zenith_utils.failpoints import Action, Failpoint
 
@@ -76,6 +78,22 @@ def test_safekeeper_options() -> None:
     assert documented("The safekeeper") == options - {"-h"}
 
 
+def options_of(help_text: str) -> set[str]:
+    """The options that a program's help explains."""
+    rows = re.findall(r"^  (-.*?)(?:  |$)", help_text, re.MULTILINE)
+    return {option for row in rows for option in re.findall(r"(?:^|, )(-[\w-]+)", row)}
+
+
+def test_pageserver_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        pageserver_main.main(["--help"])
+    assert documented("The pageserver: options") == options_of(capsys.readouterr().out)
+
+
+def test_proxy_options() -> None:
+    assert documented("The proxy: options") == options_of(proxy_main._parser().format_help())
+
+
 def test_local_environment() -> None:
     renamed = {"branch_name_mappings", "earlier_safekeeper_generations"}
     assert documented("A local environment") == keys(LocalEnv) | renamed
@@ -129,7 +147,7 @@ def test_environment_variables() -> None:
                     continue
                 names |= set(
                     re.findall(
-                        r'"((?:ZENITH|RUST|POSTGRES|GIT|LLVM|XDG|S3)_[A-Z_]+|CC|HOME)"',
+                        r'"((?:ZENITH|RUST|POSTGRES|GIT|LLVM|XDG|S3)_[A-Z_]+|CC|HOME|NO_COLOR)"',
                         path.read_text(),
                     )
                 )

@@ -447,3 +447,16 @@ def test_no_distribution(tmp_path: Path) -> None:
         find_distrib(fake_distrib(tmp_path / "old", "14.2"))
     with pytest.raises(DistribError, match="no release version"):
         find_distrib(fake_distrib(tmp_path / "odd", "devel"))
+
+
+@pytest.mark.parametrize("version", ["15.0", "15.12", "15beta2"])
+def test_releases_whose_commits_do_not_wait_are_refused(tmp_path: Path, version: str) -> None:
+    distrib = find_distrib(fake_distrib(tmp_path, version))
+    with pytest.raises(DistribError, match=r"commits .*: install PostgreSQL 15\.13 or a later 15$"):
+        distrib.require_commits_wait()
+
+
+def test_the_first_release_whose_commits_wait(tmp_path: Path) -> None:
+    distrib = find_distrib(fake_distrib(tmp_path, "15.13 (Debian 15.13-0+deb12u1)"))
+    distrib.require_commits_wait()
+    assert distrib.release == "15.13"

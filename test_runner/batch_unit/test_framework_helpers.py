@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
 import uuid
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -11,12 +19,15 @@ import run_pytest
 from fixtures import paths
 from fixtures.benchmark_fixture import ZenithBenchmarker
 from fixtures.http_clients import ZenithPageserverHttpClient
+from fixtures.nemesis import Fault, Nemesis
 from fixtures.output import directory_name, remove
 from fixtures.pg_protocol import PgBin, VanillaPostgres
+from fixtures.ports import PortDistributor, can_bind
+from fixtures.postgres import Postgres, PostgresFactory
 from fixtures.restored_datadir import list_files_to_compare
 from fixtures.utils import get_dir_size, lsn_from_hex, print_gc_result
 from fixtures.waits import remote_consistent_lsn, wait_for, wait_for_last_record_lsn
-from fixtures.zenith_env import ZenithEnvBuilder
+from fixtures.zenith_env import ZenithEnv, ZenithEnvBuilder
 
 
 @pytest.fixture
@@ -144,6 +155,79 @@ def test_get_dir_size(tmp_path: Path) -> None:
     assert get_dir_size(tmp_path) == 5
 
 
+def test_ports_are_handed_out_again(port_distributor: PortDistributor) -> None:
+    """Tests that share an environment have more nodes than there are ports, one after the other."""
+    base = port_distributor.get_port()
+    with contextlib.ExitStack() as stack:
+        distributor = PortDistributor(base, 3)
+        ports = [distributor.get_port() for _ in range(6)]
+        assert ports == sorted(set(ports[:3])) * 2
+        for port in (base, base + 1):
+            stack.enter_context(socket.socket()).bind(("localhost", port))
+        assert [distributor.get_port() for _ in range(2)] == [base + 2] * 2
+        stack.enter_context(socket.socket()).bind(("localhost", base + 2))
+        with pytest.raises(RuntimeError, match="are in use"):
+            distributor.get_port()
+
+
+def nodes(**commands: Callable[..., object]) -> PostgresFactory:
+    """An environment's computes, three of them, with other commands."""
+    env = SimpleNamespace(
+        initial_tenant=uuid.uuid4(),
+        zenith_cli=SimpleNamespace(**commands),
+    )
+    factory = PostgresFactory(cast(ZenithEnv, env))
+    for name in "abc":
+        node = Postgres(cast(ZenithEnv, env), env.initial_tenant, 1)
+        node.node_name = name
+        node.running = True
+        factory.instances.append(node)
+    return factory
+
+
+def test_stop_all() -> None:
+    """A node that cannot be stopped is told of, once, and those behind it are stopped."""
+    told: list[str] = []
+
+    def pg_stop(name: str, tenant: uuid.UUID) -> None:
+        told.append(name)
+        if name != "c":
+            raise ValueError(f"{name} has crashed")
+
+    factory = nodes(pg_stop=pg_stop)
+    with pytest.raises(ValueError, match="a has crashed"):
+        factory.stop_all()
+    factory.stop_all()
+    assert told == ["a", "b", "c"]
+    assert not any(node.running for node in factory.instances)
+
+
+ENDS_ON_SIGQUIT = """
+import os, signal
+signal.signal(signal.SIGQUIT, lambda *_: os._exit(3))
+print(flush=True)
+signal.pause()
+"""
+
+
+def test_nodes_that_were_suspended_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A supervisor that a test has stopped (SIGSTOP) does not stay behind."""
+    factory = nodes()
+    command = [sys.executable, "-c", ENDS_ON_SIGQUIT]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        try:
+            os.kill(process.pid, signal.SIGSTOP)
+            for node in factory.instances:
+                pids = [process.pid] if node.node_name == "b" else []
+                monkeypatch.setattr(node, "supervisor_pids", lambda pids=pids: pids)
+            factory.stop_all_immediately()
+            assert process.wait() == 3
+        finally:
+            process.kill()
+
+
 def test_print_gc_result(caplog: pytest.LogCaptureFixture) -> None:
     """The columns by name."""
     names = ("total", "needed_by_cutoff", "needed_by_branches", "not_updated", "removed")
@@ -172,6 +256,73 @@ def test_programs_that_root_may_not_run(test_output_dir: str, port_distributor: 
     pg_bin.run(["pg_ctl", "-w", "-s", "-l", str(data_dir / "pg.log"), "start"], env=env)
     base = pg_bin.run_capture(["pg_ctl", "-D", "pgdata", "-m", "fast", "stop"], cwd=test_output_dir)
     assert "server stopped" in Path(f"{base}.stdout").read_text()
+
+
+def test_libraries_of_the_programs(test_output_dir: str) -> None:
+    """A server of another distribution is made with the libraries of that distribution."""
+    distrib = Path(test_output_dir) / "distrib"
+    (distrib / "bin").mkdir(parents=True)
+    initdb = distrib / "bin" / "initdb"
+    initdb.write_text(f'#!/bin/sh\n[ "$LD_LIBRARY_PATH" = "{distrib}/lib" ]\n')
+    initdb.chmod(0o755)
+    VanillaPostgres(f"{test_output_dir}/data", PgBin(test_output_dir, distrib), 1)
+
+
+def test_an_environment_that_fails_leaves_no_proxies(
+    test_output_dir: str, port_distributor: PortDistributor
+) -> None:
+    """Their ports are free for the next one."""
+    ports: list[int] = []
+
+    def get_port() -> int:
+        ports.append(port_distributor.get_port())
+        return ports[-1]
+
+    distributor = cast(PortDistributor, SimpleNamespace(get_port=get_port))
+    builder = ZenithEnvBuilder(f"{test_output_dir}/repo", distributor, proxied=True)
+    builder.distrib_dir = Path(test_output_dir) / "nowhere"
+    with pytest.raises(Exception, match="failed with status 1"):
+        builder.init()
+    assert ports and all(can_bind("localhost", port) for port in ports)
+
+
+class Daemon:
+    """Looks to the nemesis like a safekeeper; each call of `start` has the next outcome."""
+
+    def __init__(self, *outcomes: Exception | None) -> None:
+        self.running = True
+        self.outcomes = list(outcomes)
+        self.process = subprocess.Popen(["sleep", "60"])
+
+    def pid(self) -> int:
+        """Its process."""
+        return self.process.pid
+
+    def start(self) -> None:
+        """Raises what is next."""
+        outcome = self.outcomes.pop(0)
+        if outcome is not None:
+            raise outcome
+
+
+def test_faults_are_healed_whatever_fails() -> None:
+    """A daemon that does not start again does not keep the others down, nor connections away."""
+    slow = Exception("safekeeper failed to start in 15 seconds")
+    daemons = [Daemon(slow, None), Daemon(ValueError("broken")), Daemon(TimeoutError())]
+    resumed: list[bool] = []
+    network = SimpleNamespace(resume=lambda: resumed.append(True))
+    env = cast(ZenithEnv, SimpleNamespace(safekeepers=daemons, network=network))
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        pg = cast(Postgres, SimpleNamespace(port=listening.getsockname()[1]))
+        nemesis = Nemesis(env, pg)
+        with pytest.raises(ValueError, match="broken"):
+            nemesis.run([Fault(0.0, "kill", f"safekeeper {n}", 60.0) for n in range(3)], 0.0)
+        nemesis.finish()
+    assert [daemon.outcomes for daemon in daemons] == [[], [], []]
+    assert resumed == [True]
+    assert [daemon.process.wait() for daemon in daemons] == [-signal.SIGKILL] * 3
 
 
 def test_directories_as_text(test_output_dir: str, port_distributor: Any) -> None:

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fixtures import output
+from fixtures import output, paths
 from fixtures.ports import PortDistributor
+from fixtures.processes import processes_below
 from fixtures.utils import process_exists, read_pid, wait_until
 
 FRAMEWORK = Path(output.__file__).resolve().parents[1]
@@ -150,6 +151,75 @@ def test_a_process_left_behind_fails_its_test(inner: Inner) -> None:
     wait_until(lambda: not process_exists(inner.server_pid()), what="the server to end")
 
 
+def test_output_behind_a_symbolic_link(inner: Inner) -> None:
+    """Servers are found there all the same."""
+    real = inner.directory / "real"
+    inner.output.rename(real)
+    inner.output.symlink_to(real)
+    code, printed = inner.run("def test_it(test_output_dir):\n    server(test_output_dir)\n")
+    assert code == 1, printed
+    assert "the test left processes behind" in printed
+
+
+def test_processes_below_a_symbolic_link(tmp_path: Path) -> None:
+    """They work below the directory that it leads to."""
+    (tmp_path / "real" / "below").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("real")
+    with subprocess.Popen(["sleep", "600"], cwd=tmp_path / "real" / "below") as process:
+        try:
+            assert [found.pid for found in processes_below([tmp_path / "link"])] == [process.pid]
+        finally:
+            process.kill()
+
+
+# The second of two tests, which starts something in the directory that the first one had.
+IN_ANOTHERS = """
+def test_first():
+    pass
+
+def test_second(test_output_dir):
+    directory = Path(test_output_dir).parent / "test_first"
+    {statement}
+"""
+ANOTHER_RUN = """
+import sys
+from pathlib import Path
+from fixtures.output import claimed
+from test_inner import server
+
+with claimed(Path(sys.argv[1])):
+    started = server(sys.argv[1])
+    print(flush=True)
+    started.wait()
+"""
+
+
+def test_a_server_left_in_another_directory_fails_the_run(inner: Inner) -> None:
+    """No test is to blame for it, but the run is."""
+    code, printed = inner.run(IN_ANOTHERS.format(statement="directory.mkdir(); server(directory)"))
+    assert code == 1, printed
+    assert f"the tests left a process behind: {inner.server_pid()}" in printed
+
+
+def test_servers_of_another_run_are_its_own(inner: Inner) -> None:
+    """A test of another run may have the directory by the end of this one."""
+    (inner.directory / "another_run.py").write_text(ANOTHER_RUN)
+    start = (
+        "subprocess.Popen([sys.executable, 'another_run.py', str(directory)], "
+        "stdout=subprocess.PIPE).stdout.readline()"
+    )
+    code, printed = inner.run(IN_ANOTHERS.format(statement=start))
+    assert code == 0, printed
+    assert process_exists(inner.server_pid())
+
+
+def test_a_shell_is_no_server(inner: Inner) -> None:
+    """Whoever looks at a test's files while others run does not make the run fail."""
+    start = "directory.mkdir(); subprocess.Popen(['sleep', '10'], cwd=directory)"
+    code, printed = inner.run(IN_ANOTHERS.format(statement=start))
+    assert code == 0, printed
+
+
 def test_two_runs_take_turns_in_a_directory(inner: Inner) -> None:
     """While one test has a directory, another of the same name waits."""
     with output.claimed(inner.output / "test_it"):
@@ -163,6 +233,34 @@ def test_two_runs_take_turns_in_a_directory(inner: Inner) -> None:
             )
         assert (inner.output / "test_it" / "mine").exists()
     assert inner.run("def test_it():\n    pass\n")[0] == 0
+
+
+CONFTEST_CLAIMED = """
+import fcntl
+from fixtures import output
+
+keep_logs_only = output.keep_logs_only
+
+def keep(directory):
+    with (directory.parent / output.RUNNING / directory.name).open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            (directory.parent / "claimed").touch()
+    keep_logs_only(directory)
+
+output.keep_logs_only = keep
+"""
+
+
+def test_a_directory_is_given_back_when_it_is_tidied_up(inner: Inner) -> None:
+    """Not before: the files that go would be those of another run's test, which has begun."""
+    (inner.directory / "conftest.py").write_text(CONFTEST_CLAIMED)
+    code, printed = inner.run(FILES.format(passes=True))
+    assert code == 0, printed
+    assert not (inner.output / "test_it" / "data" / "segment").exists()
+    assert (inner.output / "claimed").exists()
+    assert not list((inner.output / output.RUNNING).iterdir())
 
 
 _CLAIM = "import sys; from pathlib import Path; from fixtures.output import claimed\n" + (
@@ -207,6 +305,41 @@ def test_ports_of_clients_are_not_used(inner: Inner) -> None:
     code, printed = inner.run("def test_it():\n    pass\n")
     assert code == 4
     assert "ZENITH_TEST_BASE_PORT" in printed
+
+
+ASKS_ITSELF = """
+import http.server, threading
+import requests
+
+def test_it():
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        try:
+            for host in ("localhost", "127.0.0.1"):
+                assert requests.get(f"http://{host}:{httpd.server_port}/", timeout=10).ok
+        finally:
+            httpd.shutdown()
+"""
+
+
+@pytest.mark.parametrize("others", ["", "elsewhere.example", "*"])
+def test_an_http_proxy_is_not_asked(inner: Inner, others: str) -> None:
+    """For servers of this machine: where one is configured, it is for the rest of the world."""
+    code, printed = inner.run(ASKS_ITSELF, http_proxy="http://127.0.0.1:1", no_proxy=others)
+    assert code == 0, printed
+
+
+def test_programs_without_an_interpreter(inner: Inner, tmp_path: Path) -> None:
+    """ZENITH_BIN may hold the programs alone: modules are run by this interpreter then."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "pageserver").symlink_to(Path(paths.zenith_binpath) / "pageserver")
+    inner.plugins = (*PLUGINS, "fixtures.proposer_postgres")
+    test = (
+        "def test_it(pg_install_dir):\n    assert (pg_install_dir / 'bin' / 'postgres').exists()\n"
+    )
+    code, printed = inner.run(test, ZENITH_BIN=str(programs))
+    assert code == 0, printed
 
 
 CONFTEST = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -205,6 +206,21 @@ def test_all_names() -> None:
     """What `from fixtures.zenith_fixtures import *` gives is there."""
     missing = [name for name in zenith_fixtures.__all__ if not hasattr(zenith_fixtures, name)]
     assert not missing
+
+
+def test_classes_and_helpers_of_the_page() -> None:
+    """docs/testing.md says that they can be imported from there: those that its tables name."""
+    text = (Path(zenith_fixtures.base_dir) / "docs" / "testing.md").read_text()
+    classes, recipes = (
+        re.search(rf"^## {heading}$.*?(?=^## )", text, re.MULTILINE | re.DOTALL)
+        for heading in ("The classes", "Recipes")
+    )
+    assert classes and recipes
+    names = set(re.findall(r"^\*\*`(\w+)`", classes[0], re.MULTILINE))
+    names |= set(re.findall(r"^\| `(\w+)\(", recipes[0], re.MULTILINE))
+    names |= {"Writer", "verify_pages", "check_restored_datadir_content", "lsn_from_hex"}
+    assert {"ZenithEnv", "Postgres", "PgBin", "wait_until"} <= names
+    assert names <= set(zenith_fixtures.__all__)
 
 
 def test_kinds_of_figures() -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import itertools
 import json
 import logging
 import socket
 import threading
+import types
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,11 +18,14 @@ import pytest
 import requests
 from batch_unit.walproposer_support import wait_until
 
+from zenith_utils import http_server
 from zenith_utils.daemonize import bind_listener
+from zenith_utils.http_connection import HttpConnection
 from zenith_utils.http_server import (
     MAX_BODY,
     HttpServer,
     Request,
+    Response,
     Route,
     json_response,
     metrics_route,
@@ -29,6 +35,11 @@ from zenith_utils.metrics import Metrics
 TENANT = "0123456789abcdef0123456789abcdef"
 LOGGER = "zenith_utils.http_server"
 MAX_CONNECTIONS = 8
+ASKS_FOR_BIG = b"GET /big HTTP/1.1\r\nHost: x\r\n\r\n" * 2
+BEGINS_TO_POST = (
+    b"POST /v1/tenant HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\nExpect: 100-continue\r\n\r\n"
+)
+BIG_ANSWER = b"x" * (16 << 20)
 
 
 class Server:
@@ -47,6 +58,7 @@ class Server:
             Route("POST", "/v1/tenant", lambda r: json_response(r.json_object(), 201)),
             Route("GET", "/slow", self.slow),
             Route("GET", "/lost", self.lost),
+            Route("GET", "/big", lambda _: Response(200, BIG_ANSWER)),
             metrics_route(metrics),
         ]
         self.http = HttpServer(sock, routes, metrics=metrics, **options)
@@ -210,6 +222,19 @@ def test_log_lines_cannot_be_forged(server: Server, caplog: pytest.LogCaptureFix
     assert [record.getMessage() for record in caplog.records] == ["GET /x%0A2026-11-22%20FATAL 404"]
 
 
+def test_expectations(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    """One is met; what else may be asked for is refused as everything is that is refused."""
+    head = b"POST /v1/tenant HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 2\r\n"
+    with server.connect(head + b"Expect: 100-Continue\r\n\r\n") as sock:
+        assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        sock.sendall(b"{}")
+        assert read_all(sock).startswith(b"HTTP/1.1 201 ")
+    with caplog.at_level(logging.INFO, LOGGER):
+        status, answer = server.answer(head + b"Expect: a miracle\r\n\r\n{}")
+    assert (status, answer) == (417, {"msg": "Expectation failed: not known: a miracle"})
+    assert "POST /v1/tenant 417" in caplog.messages
+
+
 def test_requests_are_counted() -> None:
     """By route and status; what strangers ask for adds no series."""
     with serving() as server:
@@ -266,7 +291,7 @@ def test_idle_connections_make_room(data: bytes) -> None:
         assert slow.result().json() == "done"
 
 
-def test_no_room_among_the_busy() -> None:
+def test_no_room_among_the_busy(caplog: pytest.LogCaptureFixture) -> None:
     with (
         serving(max_connections=2, workers=2) as server,
         ThreadPoolExecutor(2) as pool,
@@ -274,11 +299,72 @@ def test_no_room_among_the_busy() -> None:
         slow = [pool.submit(requests.get, f"{server.url}/slow", timeout=30) for _ in range(2)]
         for _ in slow:
             assert server.entered.acquire(timeout=30)
-        with server.connect() as sock:
+        with caplog.at_level(logging.WARNING), server.connect() as sock:
             assert sock.recv(1) == b""
         server.release.set()
         assert [future.result().json() for future in slow] == ["done", "done"]
         assert requests.get(f"{server.url}/v1/status", timeout=30).json() == {"id": 7}
+    # A task of asyncio that has failed tells of it when it is collected.
+    gc.collect()
+    assert "2 HTTP connections: closing a new one" in caplog.messages
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+@pytest.mark.parametrize("data", [ASKS_FOR_BIG, BEGINS_TO_POST], ids=["answer", "body"])
+def test_who_waits_for_nothing_but_a_client_makes_room(data: bytes) -> None:
+    """Clients that do not read their answers, or do not send all of a request."""
+    with serving(max_connections=2) as server, contextlib.ExitStack() as held:
+        for _ in range(2):
+            assert held.enter_context(server.connect(data)).recv(1) == b"H"
+        assert requests.get(f"{server.url}/v1/status", timeout=20).json() == {"id": 7}
+
+
+def test_answers_that_are_not_taken(caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody keeps a connection, and what waits for it, for ever."""
+    with serving(write_timeout=0.05) as server, server.connect(ASKS_FOR_BIG) as sock:
+        wait_until(lambda: "nobody takes the answer" in caplog.text, "the end of its patience")
+        # What the kernel holds may still come.
+        with contextlib.suppress(ConnectionResetError):
+            assert len(read_all(sock)) < len(BIG_ANSWER)
+
+
+class SlowLink:
+    """A connection whose client takes what waits for it as the test says."""
+
+    unsent = 100
+    aborted = False
+
+    def get_write_buffer_size(self) -> int:
+        """As of an asyncio.Transport."""
+        return self.unsent
+
+    def is_closing(self) -> bool:
+        """As of an asyncio.Transport: everything is written, and waits."""
+        return True
+
+    def close(self) -> None:
+        """As of an asyncio.Transport: nothing, as long as something waits."""
+
+    def abort(self) -> None:
+        """As of an asyncio.Transport."""
+        self.aborted = True
+
+
+def test_answers_that_are_taken_slowly() -> None:
+    """It may take for ever, as long as there is some progress: a look every 10 seconds here."""
+    clock = itertools.count(0, 10)
+    loop: Any = types.SimpleNamespace(time=lambda: next(clock))
+    server: Any = types.SimpleNamespace(request_handler=None, request_factory=None)
+    connection = HttpConnection(server, loop=loop, max_connections=1)
+    link: Any = SlowLink()
+    connection._link = link
+    for _ in range(10):
+        link.unsent -= 1
+        for _ in range(3):
+            connection.cut_if_stalled(30)
+        assert not link.aborted
+    connection.cut_if_stalled(30)
+    assert link.aborted
 
 
 def test_quick_requests_do_not_queue() -> None:
@@ -302,3 +388,15 @@ def test_stop_does_not_wait_for_idle_clients(data: bytes) -> None:
         stopped.join(30)
         assert not stopped.is_alive()
         assert idle.recv(1) == b""
+
+
+def test_stop_in_spite_of_a_client_that_does_not_read(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever it holds up: whoever stops goes on."""
+    monkeypatch.setattr(http_server, "_STOP_MARGIN", -1.15)
+    server = Server(shutdown_timeout=0.6)
+    with server.connect(ASKS_FOR_BIG) as sock:
+        assert sock.recv(1) == b"H"
+        server.http.stop()
+    assert "HTTP requests did not end in time" in caplog.text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -193,7 +194,12 @@ def test_daemon(scratch: Path) -> None:
     """Whoever started it may connect at once; a second one leaves it alone."""
     server = Pageserver(scratch / "ps")
     tenant = TenantId.generate()
-    result = server.run("--daemonize", "-c", "gc_period='7 s'")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, hard - 1), hard))
+    try:
+        result = server.run("--daemonize", "-c", "gc_period='7 s'")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     pid_text = (scratch / "ps/pageserver.pid").read_text()
     pid = int(pid_text)
     try:
@@ -205,6 +211,7 @@ def test_daemon(scratch: Path) -> None:
         assert config["gc_period"] == "7s"
         assert "gc_period = '7" not in (scratch / "ps/pageserver.toml").read_text()
         assert Path(f"/proc/{pid}/cwd").resolve() == scratch / "ps"
+        assert resource.prlimit(pid, resource.RLIMIT_NOFILE) == (hard, hard)
         taken = server.run("--daemonize")
         assert taken.returncode == 1 and "Address already in use" in taken.stderr
         running = server.run("-c listen_pg_addr='127.0.0.1:0'", "-c listen_http_addr='127.0.0.1:0'")

@@ -166,6 +166,13 @@ def test_lsn_leases(root: Root) -> None:
     assert caught.value.status == 410
     again = server.http("PUT", one, {"ttl": 60, "lsn": str(root.lsn)})
     assert again["lease_id"] == lease["lease_id"]
+    # What has not come yet is not gone.
+    with pytest.raises(HttpError, match="Timed out while waiting") as caught:
+        server.http("PUT", f"{path}/{'b' * 32}", {"ttl": 60, "lsn": "7/0"})
+    assert caught.value.status == 409
+    with pytest.raises(HttpError, match="garbage collected") as caught:
+        server.http("PUT", f"{path}/{'b' * 32}", {"ttl": 60, "lsn": "0/8"})
+    assert caught.value.status == 410
     for body in (
         {"lsn": str(root.lsn)},
         {"ttl": 5},

@@ -1,13 +1,19 @@
 """The installation of links to a distribution, and what its server makes of a command line."""
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from compute_tools import pg_install, postgres_conf, quorum_server
+from compute_tools.config_files import ConfigFiles
+from compute_tools.quorum_settings import QuorumSettings
+from compute_tools.quorum_sidecar import Sidecar, make_spec
 from postgres_ffi.distrib import DistribError, find_distrib
+from zenith_utils.ids import TenantId, TimelineId
 
 SERVER = "/distrib/bin/postgres"
 LIBRARY = "/modules/zenith.so"
@@ -94,6 +100,15 @@ def test_other_command_lines_stay(pgdata: Path, arguments: list[str]) -> None:
     assert not (pgdata / quorum_server.GENERATED).exists()
 
 
+def test_an_unreadable_configuration_is_not_one_without_safekeepers(pgdata: Path) -> None:
+    (pgdata / "postgresql.conf").unlink()
+    command = ["-D", str(pgdata)]
+    assert quorum_server.prepare(SERVER, LIBRARY, command) == [SERVER, *command]
+    (pgdata / "postgresql.conf").mkdir()
+    with pytest.raises(OSError, match=r"postgresql\.conf"):
+        quorum_server.prepare(SERVER, LIBRARY, command)
+
+
 def test_settings_are_translated(pgdata: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (pgdata / "postgresql.conf").open("a") as conf:
         conf.write("Max_Replication_Write_Lag 15MB # ours\nshared_preload_libraries='a, zenith'\n")
@@ -117,6 +132,36 @@ def test_a_compute_s_directory_is_refused(pgdata: Path) -> None:
     (pgdata / "pg_stat" / "zenith.lazyfiles").touch()
     with pytest.raises(quorum_server.QuorumServerError, match='start it with "zenith pg start"'):
         quorum_server.prepare(SERVER, LIBRARY, ["-D", str(pgdata)])
+
+
+def test_a_release_whose_commits_do_not_wait_is_refused(pgdata: Path, tmp_path: Path) -> None:
+    (pgdata / "postgresql.conf").write_text("wal_acceptors = 'localhost:1'\n")
+    server = tmp_path / "distrib" / "bin" / "postgres"
+    server.parent.mkdir(parents=True)
+    server.write_text("#!/bin/sh\necho 'postgres (PostgreSQL) 15.12'\n")
+    server.chmod(0o755)
+    with pytest.raises(DistribError, match=r"install PostgreSQL 15\.13"):
+        quorum_server.prepare(str(server), LIBRARY, ["-D", str(pgdata)])
+
+
+def test_a_configuration_that_cannot_be_written_harms_no_server(
+    pgdata: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = pgdata / "place"
+    place.mkdir()
+    config = ConfigFiles(pgdata, place / quorum_server.GENERATED)
+    config.generate_plain()
+    shutil.rmtree(place)
+    (pgdata / "postgresql.conf").write_text("port = 1\n")
+    quorum = QuorumSettings(TenantId.generate(), TimelineId.generate(), (("127.0.0.1", 1),), "")
+    checks = iter([None, None, "fenced"])
+    keeper = SimpleNamespace(next_check=0.0, check=lambda: next(checks), followed_postgres=False)
+    us = os.pidfd_open(os.getpid())
+    sidecar = Sidecar(make_spec(quorum, pgdata, 1), config, os.getpid(), us)
+    assert sidecar._watch(keeper) == "fenced"  # type: ignore[arg-type]
+    os.close(us)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("cannot follow the change of the configuration: ")
 
 
 @pytest.mark.parametrize(

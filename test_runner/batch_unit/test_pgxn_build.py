@@ -101,12 +101,31 @@ def test_concurrent_builders_share_one_build(
     assert not list((cache / "modules").glob("build-*"))
 
 
+@pytest.mark.parametrize("name", ["a b", "a:b"])
+def test_a_cache_that_cannot_be_preloaded_from(
+    cache: Path, sources: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("ZENITH_CACHE_DIR", str(cache.parent / name))
+    with pytest.raises(build.ModuleBuildError, match="or a colon in it: set ZENITH_CACHE_DIR"):
+        build_it(sources)
+
+
 def test_a_failed_build_leaves_nothing(cache: Path, sources: Path) -> None:
     (sources / "lazyfiles" / "answer.c").write_text("int answer(void) { return MISSING; }\n")
     with pytest.raises(build.ModuleBuildError, match=r"lazyfiles failed: .*MISSING") as caught:
         build_it(sources)
     assert "\n" not in str(caught.value)
     assert not list((cache / "modules").rglob("*.so"))
+    assert not list((cache / "modules").glob("build-*"))
+
+
+def test_a_killed_build_is_cleaned_up_by_the_next(cache: Path, sources: Path) -> None:
+    library = build_it(sources)
+    shutil.rmtree(library.parent)
+    scratch = cache / "modules" / f"build-{library.parent.name}-x"
+    scratch.mkdir()
+    (scratch / library.name).write_text("half of it")
+    assert answer(build_it(sources)) == 42
     assert not list((cache / "modules").glob("build-*"))
 
 

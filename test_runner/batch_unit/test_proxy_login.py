@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import logging
 import socket
 import ssl
@@ -25,6 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scramp import ScramMechanism
 
+from proxy.authentication import Authentication
 from proxy.messages import error_response, message, startup_packet
 
 
@@ -82,7 +84,7 @@ def test_newer_protocol(world: World) -> None:
     with world.client() as client:
         packet = startup_packet({b"user": b"u", b"database": b"d", b"_pq_.a": b"1"})
         client.send(packet[:4] + b"\0\3\0\2" + packet[8:])
-        assert client.read_message() == (b"v", bytes(4) + b"\0\0\0\1_pq_.a\0")
+        assert client.read_message() == (b"v", b"\0\3\0\0\0\0\0\1_pq_.a\0")
         client.send_password()
         with world.target() as target:
             assert b"_pq_.a" not in target.let_in()
@@ -335,6 +337,37 @@ def scram_until_final(world: World, end: str) -> dict[str, str]:
             error = client.read_error()
             assert target.at_end()
             return error
+
+
+@pytest.mark.parametrize(
+    ("password", "hashed"),
+    [
+        (b"secret", b"secret"),
+        (b"bell \x07", b"bell \x07"),
+        (b"p\xffw", b"p\xffw"),
+        ("p😀w".encode(), "p😀w".encode()),
+        ("₿".encode(), "₿".encode()),
+        ("a\u0627".encode(), "a\u0627".encode()),
+        ("\u0627a\u0627".encode(), "\u0627a\u0627".encode()),
+        ("\u06271\u0627".encode(), "\u06271\u0627".encode()),
+        ("é\x07".encode(), "é\x07".encode()),
+        ("\u00ad".encode(), "\u00ad".encode()),
+        ("e\u0301 \u00adⅨ\u00a0x\u200b".encode(), "é IX x ".encode()),
+    ],
+)
+def test_every_password_is_prepared_as_by_postgres(password: bytes, hashed: bytes) -> None:
+    """SASLprep (pg_saslprep) where it can be done, else the password as it is."""
+    keys = hashlib.pbkdf2_hmac("sha256", hashed, bytes(16), 4096)
+    stored = hashlib.sha256(hmac.digest(keys, b"Client Key", "sha256")).digest()
+    known = (bytes(16), stored, hmac.digest(keys, b"Server Key", "sha256"), 4096)
+    server = ScramMechanism("SCRAM-SHA-256").make_server(lambda _: known)
+    login = Authentication(b"u", password)
+    first = login.answer(b"\0\0\0\x0aSCRAM-SHA-256\0\0")
+    server.set_client_first(first[first.index(b"n,,") :].decode())
+    proof = login.answer(b"\0\0\0\x0b" + server.get_server_first().encode())
+    server.set_client_final(proof[5:].decode())
+    login.answer(b"\0\0\0\x0c" + server.get_server_final().encode())
+    assert login.answer(bytes(4)) == b""
 
 
 @pytest.mark.parametrize("end", ["no proof", "wrong proof", "another nonce"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import random
@@ -13,12 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import uvloop
 from batch_unit.proxy_support import TARGET_KEY, Client, Peer, Target, World, running_world
 from fixtures.certificate import write_certificate
 from fixtures.utils import wait_until
 
 from proxy import server as proxy_server
 from proxy.cancellation import CancelKeys
+from proxy.endpoint import Endpoint, Traffic, join
 from proxy.messages import cancel_packet
 
 MIB = 1 << 20
@@ -124,10 +127,48 @@ def test_target_ends_first(world: World) -> None:
     with world.session() as (client, target, _):
         client.send(bytes(MIB))
         target.send(b"why")
-        # A close would reset the connection, on which the proxy may still be sending.
-        target.sock.shutdown(socket.SHUT_WR)
+        # This resets the connection, on which the proxy may still be sending.
+        target.sock.close()
         assert client.read(3) == b"why"
         assert client.at_end()
+
+
+async def endpoint_and_socket(traffic: Traffic) -> tuple[Endpoint, socket.socket]:
+    """An end of a session, and the socket of who is there."""
+    loop = asyncio.get_running_loop()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = listener.getsockname()
+        _, endpoint = await loop.create_connection(lambda: Endpoint(traffic), *address)
+        sock, _ = listener.accept()
+    sock.setblocking(False)
+    return endpoint, sock
+
+
+def test_last_words_before_a_reset() -> None:
+    """What a target said arrives if its end is found by a write; its client may go on sending."""
+
+    async def session() -> None:
+        loop = asyncio.get_running_loop()
+        traffic = Traffic()
+        client, client_sock = await endpoint_and_socket(traffic)
+        target, target_sock = await endpoint_and_socket(traffic)
+        join(client, target)
+        # Nothing is read from the target until its connection is reset.
+        client.pause_writing()
+        target_sock.send(b"why")
+        Peer(target_sock).reset()
+        with client_sock:
+            await loop.sock_sendall(client_sock, b"unheard")
+            await target.lost
+            assert await loop.sock_recv(client_sock, 100) == b"why"
+            assert await loop.sock_recv(client_sock, 100) == b""
+            await loop.sock_sendall(client_sock, bytes(MIB))
+            assert not client.lost.done()
+        await client.lost
+        assert traffic.proxied == len(b"why" + b"unheard")
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(asyncio.wait_for(session(), 20))
 
 
 def test_client_that_does_not_notice_the_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,7 +118,7 @@ def test_timeline_remembers_its_pageserver(
         return Timeline(
             timeline_id(0),
             directory,
-            SafekeeperMetrics().timeline(timeline_id(0)),
+            SafekeeperMetrics(),
             registry=TimelineRegistry(tmp_path, [timeline_id(0)], sync=False),
             instance=bytes(16),
             sync=False,

@@ -100,7 +100,7 @@ def load(directory: Path, helper: ThreadPoolExecutor, remote: RemoteWal | None =
     return Timeline(
         ID,
         directory,
-        SafekeeperMetrics().timeline(ID),
+        SafekeeperMetrics(),
         registry=TimelineRegistry(root, [ID], sync=False),
         instance=bytes(INSTANCE_SIZE),
         sync=False,

@@ -65,6 +65,8 @@ def test_daemon_and_http(tmp_path: Path) -> None:
         unknown = requests.get(f"{url}/{TIMELINE.tenant_id}/{TIMELINE.timeline_id}", timeout=10)
         assert unknown.status_code == 500
         assert "is not on this safekeeper" in unknown.json()["msg"]
+        metrics = requests.get(f"http://127.0.0.1:{safekeeper.http_port}/metrics", timeout=10)
+        assert metrics.ok and str(TIMELINE.timeline_id) not in metrics.text
         body = {
             "tenant_id": list(TIMELINE.tenant_id.raw),
             "timeline_id": list(TIMELINE.timeline_id.raw),

@@ -47,6 +47,9 @@ def connstr(password: str, port: int = 1) -> str:
         ("postgresql://h:1", "postgresql://h:1"),
         ("host=h password=secret port=1", "host=h password='' port=1"),
         (r"host=h password='se\'cr et' port=1", "host=h password='' port=1"),
+        (r"host=h password=se\ cr&et port=1", "host=h password='' port=1"),
+        ("postgres://u:p@ss@h/db", "postgres://u:@h/db"),
+        ("postgres://u:p@h?x=a@b", "postgres://u:@h?x=a@b"),
         ("host=h port=1", "host=h port=1"),
     ],
 )
@@ -139,7 +142,7 @@ def test_a_timeline_knows_its_pageserver_by_name(tmp_path: Path) -> None:
         timeline = Timeline(
             TIMELINE,
             tmp_path,
-            SafekeeperMetrics().timeline(TIMELINE),
+            SafekeeperMetrics(),
             registry=TimelineRegistry(tmp_path, [TIMELINE], sync=False),
             instance=bytes(16),
             sync=False,

@@ -202,7 +202,8 @@ def test_looking_for_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
         def __exit__(self, *_: object) -> None:
             pass
 
-        def start_copy_both(self, sql: str) -> None:
+        def start_copy_both(self, sql: str, *, timeout: float) -> None:
+            del timeout
             assert sql.startswith("START_REPLICATION")
 
         def recv_copy_data(self, *, timeout: float) -> memoryview:

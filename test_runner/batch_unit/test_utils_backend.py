@@ -72,6 +72,9 @@ class EchoHandler:
             self._echo(conn)
         elif command == "poll":
             self._poll(conn)
+        elif command == "hang":
+            while not conn.wait_readable(0.05) and not conn.stopping:
+                pass
         elif command == "drip":
             conn.send_copy_both_response()
             while not conn.wait_readable(0.001):
@@ -295,7 +298,10 @@ def test_protocol_version_is_negotiated(echo: Running) -> None:
         packet = bytearray(startup_packet(user="u", **{"_pq_.x": "1"}))
         packet[7] = 2
         sock.sendall(packet + message(b"X"))
-        assert message_types(read_all(sock)) == "vRSSZ"
+        answer = read_all(sock)
+        assert message_types(answer) == "vRSSZ"
+        # 3.0 and one option, as a stock Postgres 15 answers.
+        assert answer.startswith(message(b"v", b"\0\3\0\0\0\0\0\1_pq_.x\0"))
     with echo.raw() as sock:
         sock.sendall(struct.pack(">ii", 8, 2 << 16))
         answer = read_all(sock)
@@ -323,6 +329,12 @@ def test_cleartext_password() -> None:
             answer = read_all(sock)
             assert message_types(answer) == "RE"
             assert b"08P01" in answer
+        with running.raw() as sock:
+            # Refused by its length alone: that many bytes are never kept for a stranger.
+            sock.sendall(startup_packet(user="u") + b"p" + struct.pack(">i", 70_000))
+            assert b"invalid message length 70000" in read_all(sock)
+        with running.client(password="token") as conn:
+            assert conn.simple_query("row " + "x" * 70_000)[0][0] == b"x" * 70_000
     finally:
         running.server.stop(5)
 
@@ -465,6 +477,14 @@ def test_simple_queries_and_errors(echo: Running) -> None:
         with pytest.raises(PqError, match="FATAL: the end"):
             conn.simple_query("fatal the end")
     wait_until(lambda: echo.server.connections == 0)
+
+
+@pytest.mark.parametrize("method", ["simple_query", "start_copy_both"])
+def test_an_answer_that_does_not_come_costs_the_connection(echo: Running, method: str) -> None:
+    with echo.client() as conn:
+        with pytest.raises(PqConnectionLost, match=r"no answer within 0\.1 s"):
+            getattr(conn, method)("hang", timeout=0.1)
+        wait_until(lambda: echo.server.connections == 0)
 
 
 @pytest.mark.parametrize("text", ["failed to run ReplicationConn", "x failed to run y"])

@@ -20,6 +20,7 @@ from zenith_utils.conninfo import (
     options_from_startup,
     parse_conninfo,
     redact,
+    redact_start,
 )
 from zenith_utils.duration import DurationError, format_duration, parse_duration
 from zenith_utils.errors import render_error
@@ -143,6 +144,48 @@ def test_passwords_are_redacted() -> None:
     assert "postgresql://u:***@h:1 host=x password=*** port=1" in redact(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("postgres://u:p@ss@h/db?x=a@b", "postgres://u:***@h/db?x=a@b"),
+        ("postgres://u:p@h?x=a@b", "postgres://u:***@h?x=a@b"),
+        ("postgres://u:p?w@h", "postgres://u:***@h"),
+        ("postgres://h/db?password=a'b&x=y", "postgres://h/db?password=***&x=y"),
+        ("postgres://h/db?x=y&sslpassword=ab&x=y", "postgres://h/db?x=y&sslpassword=***&x=y"),
+        (r"password=a\ b host=h", "password=*** host=h"),
+        ("password=ab&cd host=h", "password=*** host=h"),
+        ("password=a'b host=h", "password=*** host=h"),
+        (r"password = 'a\' b' host=h", "password = *** host=h"),
+        ("password='ab cd", "password=***"),
+        ("password='ab\\", "password=***"),
+    ],
+)
+def test_passwords_of_odd_forms_are_redacted_whole(text: str, shown: str) -> None:
+    assert redact(text) == shown
+
+
+@pytest.mark.parametrize(
+    "unit",
+    ["-eyJ", "eyJ.", "a.", "eyJ.a-", "eyJ..", "postgres://a:b", "password ", "password='\\", "?&x"],
+)
+def test_redaction_takes_time_in_proportion(unit: str) -> None:
+    """What looks like the beginning of a token a million times: quadratic would take days."""
+    text = "eyJ postgres password " + unit * 300_000
+    assert redact(text).startswith("eyJ postgres password ")
+
+
+def test_the_start_of_a_text_shows_no_half_of_a_secret() -> None:
+    token = "eyJhbGciOiJSUzI1NiJ9.eyJzY29wZSI6InQifQ.c2lnbmF0dXJl"
+    for secret in (f"Bearer {token}", f"postgres://u:{token}@h", "password='se cr et'"):
+        for cut in range(30, 30 + len(secret) + 1):
+            shown = redact_start("x" * 20 + " " + secret + " and so on " * 20, cut)
+            assert "eyJ" not in shown and "se" not in shown and len(shown) <= cut + 3
+    assert redact_start("as it is", 8) == "as it is"
+    assert redact_start("cut behind a word", 12) == "cut behind a..."
+    assert redact_start("cut behind a word", 10) == "cut behind..."
+    assert redact_start("cut behind a word", 9) == "cut..."
+
+
 def test_startup_options() -> None:
     params = {"user": "u", "options": r"-c ztenantid=ab  --x=1 -cy=2 junk s=a\ b", "y": "3"}
     assert options_from_startup(params) == {
@@ -239,6 +282,26 @@ def test_failed_durable_write_leaves_the_old_file(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
+        durable.write_file_durably(path, b"new")
+    assert [p.name for p in tmp_path.iterdir()] == ["control"]
+    assert path.read_bytes() == b"old"
+
+
+def test_durable_write_that_gets_no_descriptor_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when it is the directory that cannot be opened."""
+    path = tmp_path / "control"
+    path.write_bytes(b"old")
+    real_open = os.open
+
+    def no_directory(name: Path, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_DIRECTORY:
+            raise OSError(24, "Too many open files")
+        return real_open(name, flags, mode)
+
+    monkeypatch.setattr(os, "open", no_directory)
+    with pytest.raises(OSError, match="Too many open files"):
         durable.write_file_durably(path, b"new")
     assert [p.name for p in tmp_path.iterdir()] == ["control"]
     assert path.read_bytes() == b"old"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import itertools
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -14,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 
-from zenith_utils import os_user
+from zenith_utils import os_user, pid_file
 from zenith_utils.daemonize import AddressError, BindError, bind_listener, parse_address
 from zenith_utils.pid_file import PidFile, PidFileError, is_alive, read_pid_file, running_pid
 from zenith_utils.quick_start import quick_imports
@@ -41,6 +45,15 @@ shutdown.install()
 client, _ = sock.accept()
 client.sendall(b"hello")
 print(shutdown.wait(), flush=True)
+"""
+
+STREAMS = """
+import contextlib, importlib, os, sys
+main = importlib.import_module(sys.argv[1]).main
+with contextlib.suppress(SystemExit):
+    main(["--version"])
+print("a line", flush=True)
+os.write(int(sys.argv[2]), " ".join(os.readlink(f"/proc/self/fd/{n}") for n in range(3)).encode())
 """
 
 WAITING = r"""
@@ -126,6 +139,71 @@ def test_early_failure_of_the_child_is_in_the_log(tmp_path: Path) -> None:
     assert "RuntimeError: cannot go on" in (tmp_path / "d.log").read_text()
 
 
+@pytest.mark.parametrize("program", ["pageserver.main", "safekeeper.main", "zenith_proxy.main"])
+def test_standard_streams_are_always_there(program: str) -> None:
+    """Nothing that is opened later takes their numbers."""
+    told, tell = os.pipe()
+    with os.fdopen(told) as answer:
+        shell = ["sh", "-c", 'exec "$@" 0<&- 1>&- 2>&-', "sh"]
+        command = [*shell, sys.executable, "-c", STREAMS, program, str(tell)]
+        subprocess.run(command, cwd=ROOT, pass_fds=[tell], check=True, timeout=20)
+        os.close(tell)
+        assert answer.read() == "/dev/null /dev/null /dev/null"
+
+
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "0<&- 1>&- 2>&-"])
+def test_daemon_started_without_standard_streams_keeps_its_lock(
+    tmp_path: Path, closed: str
+) -> None:
+    command = f'exec "$@" {closed}'
+    safekeeper = [sys.executable, "-m", "safekeeper.main", "-D", str(tmp_path), "--id", "1"]
+    safekeeper += ["-l", "127.0.0.1:0", "--listen-http", "127.0.0.1:0", "-d"]
+    subprocess.run(["sh", "-c", command, "sh", *safekeeper], cwd=ROOT, check=True, timeout=20)
+    pid = running_pid(tmp_path / "safekeeper.pid")
+    assert pid is not None
+    try:
+        again = subprocess.run(safekeeper, cwd=ROOT, capture_output=True, text=True, timeout=20)
+        assert again.returncode == 1
+        assert "is locked by some other process" in again.stderr
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not is_alive(pid))
+
+
+def test_idle_clients_leave_descriptors_for_files(tmp_path: Path) -> None:
+    """As many as the process may have in all are neither all let in, nor do they stop the work."""
+    most = 150
+    port, http_port = free_port(), free_port()
+    command = [sys.executable, "-m", "safekeeper.main", "-D", str(tmp_path), "--id", "1"]
+    command += ["-l", f"127.0.0.1:{port}", "--listen-http", f"127.0.0.1:{http_port}", "-d"]
+    limits = f'ulimit -Sn 50 && ulimit -Hn {most} && exec "$@"'
+    subprocess.run(["sh", "-c", limits, "sh", *command], cwd=ROOT, check=True, timeout=20)
+    pid = running_pid(tmp_path / "safekeeper.pid")
+    assert pid is not None
+    try:
+        url = f"http://127.0.0.1:{http_port}/v1"
+        wait_until(lambda: answers(f"{url}/status"))
+        assert resource.prlimit(pid, resource.RLIMIT_NOFILE) == (most, most)
+        with contextlib.ExitStack() as stack:
+            clients = [
+                stack.enter_context(socket.create_connection(("127.0.0.1", port), 20))
+                for _ in range(most)
+            ]
+            # The last is told, which is after all others were looked at.
+            assert b"53300" in clients[-1].recv(1000)
+            ids = {"tenant_id": [1] * 16, "timeline_id": [2] * 16, "peer_ids": []}
+            assert requests.post(f"{url}/timeline", json=ids, timeout=20).status_code in (200, 201)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not is_alive(pid))
+
+
+def answers(url: str) -> bool:
+    with contextlib.suppress(requests.ConnectionError):
+        return requests.get(url, timeout=20).status_code == 200
+    return False
+
+
 @pytest.mark.parametrize(
     ("how", "signals", "output", "code"),
     [
@@ -161,8 +239,9 @@ def test_pid_file_lock(tmp_path: Path) -> None:
     path = tmp_path / "x.pid"
     assert running_pid(path) is None
     assert read_pid_file(path) is None
+    path.write_text("99999999")
     held = PidFile(path)
-    path.write_text("99999999 and a longer leftover")
+    assert read_pid_file(path) is None
     held.write()
     assert path.read_text() == str(os.getpid())
     with pytest.raises(PidFileError, match=f"already running with pid {os.getpid()}"):
@@ -173,6 +252,31 @@ def test_pid_file_lock(tmp_path: Path) -> None:
     PidFile(path).close()
     with pytest.raises(PidFileError, match="cannot open"):
         PidFile(tmp_path / "missing" / "x.pid")
+
+
+def test_holder_of_a_pid_file_is_waited_for_until_it_has_a_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever left one behind may have become somebody else, who must not be signalled."""
+    path = tmp_path / "x.pid"
+    path.write_text("99999999")
+    held = PidFile(path)
+    pauses = itertools.count()
+
+    def pause(_: float) -> None:
+        if next(pauses) == 3:
+            held.write()
+
+    monkeypatch.setattr(time, "sleep", pause)
+    assert running_pid(path) == os.getpid()
+    assert next(pauses) == 4
+    held.close()
+    silent = PidFile(path)
+    monkeypatch.setattr(pid_file, "_NUMBER_DEADLINE", 0)
+    with pytest.raises(OSError, match="locked by a process that has not written its number"):
+        running_pid(path)
+    silent.close()
+    assert running_pid(path) is None
 
 
 def test_zombies_are_not_alive() -> None:

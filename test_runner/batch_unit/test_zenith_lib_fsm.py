@@ -18,6 +18,7 @@ from batch_unit.lazyfiles_support import (
     stopped_cluster,
     wait_for,
 )
+from fixtures.fault_shim import Faults, FaultyPrograms
 
 from pgxn.build import build_module
 from postgres_ffi.decoded_record import DecodedBlock
@@ -47,6 +48,13 @@ def template() -> Iterator[Path]:
 @pytest.fixture
 def node(template: Path) -> Iterator[tuple[Postgres, PageServer]]:
     """A running node on lazily opened files, its free space map logged every second."""
+    with running_node(template) as (postgres, server, _):
+        yield postgres, server
+
+
+@contextlib.contextmanager
+def running_node(template: Path) -> Iterator[tuple[Postgres, PageServer, Faults]]:
+    """The same, and its clock."""
     distrib = find_distrib()
     settings = {
         "shared_preload_libraries": str(build_module(distrib, "zenith")),
@@ -58,8 +66,14 @@ def node(template: Path) -> Iterator[tuple[Postgres, PageServer]]:
         environment = lazy_environment(
             build_module(distrib, "lazyfiles"), root / "map", server.port
         )
+        shim = FaultyPrograms(root / "faulty", root)
+        faults = shim.faults(root / "node")
+        path = shim.directory / "node.faults"
+        path.chmod(0o666)
+        environment["LD_PRELOAD"] += f" {shim.directory / 'fault_shim.so'}"
+        environment["ZENITH_TEST_FAULTS"] = str(path)
         with Postgres(distrib, root / "node", settings, environment) as postgres:
-            yield postgres, server
+            yield postgres, server, faults
 
 
 def map_of(postgres: Postgres, table: str, database_name: str = "postgres") -> Fork:
@@ -220,3 +234,17 @@ def test_relations_of_other_databases(node: tuple[Postgres, PageServer]) -> None
     postgres.stop()
     assert has_free_space(logged_pages(postgres.datadir, start)[fork])
     assert "ERROR" not in postgres.log.read_text()
+
+
+def test_a_clock_that_is_set_back_does_not_keep_maps_out(template: Path) -> None:
+    with running_node(template) as (postgres, _, clock):
+        fork = map_of(postgres, "t")
+
+        def wait_until_logged(remainder: int) -> None:
+            start = lsn(postgres)
+            postgres.sql(f"DELETE FROM t WHERE i % 4 = {remainder}", "VACUUM t")
+            wait_for(lambda: fork in logged_pages(postgres.datadir, start), "the map to be logged")
+
+        wait_until_logged(0)
+        clock.set(clock_offset=-(10**8))
+        wait_until_logged(1)
