@@ -376,6 +376,18 @@ def test_a_suite_of_its_own(inner: Inner) -> None:
     assert code == 4, printed
 
 
+def test_directory_with_the_name_of_a_marker(tmp_path: Path) -> None:
+    """In a checkout that is called slow no test is slow for that."""
+    directory = tmp_path / "slow"
+    directory.mkdir()
+    (directory / "conftest.py").write_text(CONFTEST)
+    inner = Inner(directory)
+    inner.plugins = ("xdist", "pytest_timeout")
+    code, printed = inner.run("def test_it():\n    pass\n")
+    assert code == 0, printed
+    assert "1 passed" in printed
+
+
 @pytest.mark.parametrize("variable", ["ZENITH_BIN", "POSTGRES_DISTRIB_DIR"])
 def test_missing_programs(inner: Inner, tmp_path: Path, variable: str) -> None:
     """They are named with the variable that says where they are; REMOTE_ENV does without."""
