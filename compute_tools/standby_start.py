@@ -9,6 +9,11 @@ of places tell:
   locks first, then the running transactions.
 
 From there on everything comes as records. Only committed WAL is looked at.
+
+A transaction whose commit waits for its acknowledgement still counts as running in a snapshot,
+behind its commit record. A standby that begins there would learn from nobody that it has ended: to
+its queries a transaction newer than the newest one it has seen end lies in the future. So replay
+begins before such records.
 """
 
 from __future__ import annotations
@@ -16,13 +21,14 @@ from __future__ import annotations
 import logging
 import struct
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from compute_tools._standby_scan import scan
 from compute_tools.spec import ComputeSpec, address_text
 from compute_tools.standby_feed import WAL_IS_GONE, connect_safekeeper, flush_lsn, progress
 from postgres_ffi.decoded_record import DecodedRecord
+from postgres_ffi.slru import xid_precedes
 from postgres_ffi.standby_records import RunningXacts, parse_running_xacts
 from postgres_ffi.versions import PgVersion, Rmgr
 from postgres_ffi.wal_decoder import WalDecodeError, WalDecoder
@@ -54,13 +60,15 @@ class StandbyStart:
     """A place where replay can begin: `lsn` is the start of a record.
 
     `oldest_running_xid` is None if only prepared transactions are left there. With `overflowed`
-    subtransactions are missing in the snapshot: the standby opens when they have ended.
+    subtransactions are missing in the snapshot: the standby opens when they have ended. With
+    `unsettled` there are transactions that run there, or have ended in WAL that was not looked at.
     `committed_lsn` is what was known to be committed when the place was looked for.
     """
 
     lsn: Lsn
     oldest_running_xid: int | None
     overflowed: bool = False
+    unsettled: bool = False
     committed_lsn: int = 0
 
 
@@ -88,30 +96,69 @@ def find_standby_start(spec: ComputeSpec, version: PgVersion) -> StandbyStart:
     )
 
 
-def places(records: Iterable[DecodedRecord]) -> Iterator[StandbyStart]:
+def places(records: Iterable[DecodedRecord], ended: Mapping[int, int]) -> Iterator[StandbyStart]:
     """The places where a standby can begin among records in WAL order.
 
     A snapshot counts if it is the only one between its marks: then its locks are there, too.
+    `ended` has the start LSNs of the records, in the same WAL, by which transactions end.
     """
     begin: int | None = None
-    snapshots: list[RunningXacts] = []
+    between = 0
+    snapshots: list[_Snapshot] = []
     for record in records:
         if record.rmid == Rmgr.STANDBY:
-            snapshots.append(parse_running_xacts(record.main_data))
+            snapshots.append(_Snapshot(record.start_lsn, parse_running_xacts(record.main_data)))
+            between += 1
         elif record.rmgr_info == XLOG_CHECKPOINT_SHUTDOWN:
-            begin = None
+            begin, snapshots = None, []
             yield StandbyStart(Lsn(record.start_lsn), None)
         elif record.main_data == _SNAPSHOT_BEGINS:
-            begin, snapshots = record.start_lsn, []
+            begin, between = record.start_lsn, 0
         elif record.main_data == _SNAPSHOT_ENDS:
-            if begin is not None and len(snapshots) == 1:
-                (one,) = snapshots
-                yield StandbyStart(Lsn(begin), one.oldest_running_xid, one.subxid_overflow)
+            if begin is not None and between == 1:
+                yield _place(begin, snapshots, ended)
             begin = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Snapshot:
+    """A record that tells which transactions run, and where it starts."""
+
+    lsn: int
+    running: RunningXacts
+
+
+def _place(begin: int, snapshots: Sequence[_Snapshot], ended: Mapping[int, int]) -> StandbyStart:
+    """The last place, not behind `begin`, from which on all that is listed as running ends.
+
+    `snapshots` are in WAL order. The last one lies behind `begin`, the locks before it, too: it has
+    been replayed when queries are let in. Until then the first one behind the place is believed.
+    """
+    last = snapshots[-1].running
+    lsn = begin
+    while True:
+        first = next(snapshot for snapshot in snapshots if snapshot.lsn > lsn)
+        ends_before = [at for xid in first.running.xids if (at := ended.get(xid, lsn)) < lsn]
+        if not ends_before:
+            break
+        lsn = min(ends_before)
+    oldest = first.running.oldest_running_xid
+    for xid, at in ended.items():
+        if lsn <= at < first.lsn and xid_precedes(xid, oldest):
+            oldest = xid
+    return StandbyStart(
+        Lsn(lsn),
+        oldest,
+        overflowed=last.subxid_overflow,
+        unsettled=not ended.keys() >= {*first.running.xids, *last.xids},
+    )
 
 
 def _search(address: tuple[str, int], spec: ComputeSpec, version: PgVersion) -> StandbyStart | None:
-    """The last place with a whole snapshot, as far back as there is WAL; else the last of all."""
+    """The last place with a whole snapshot, as far back as there is WAL; else the last of all.
+
+    Commits wait for less than a segment, mostly: before an unsettled place one more is looked at.
+    """
     with connect_safekeeper(address, spec) as conn:
         last = segment_start(flush_lsn(conn))
     best: StandbyStart | None = None
@@ -121,24 +168,28 @@ def _search(address: tuple[str, int], spec: ComputeSpec, version: PgVersion) -> 
             break
         try:
             with connect_safekeeper(address, spec) as conn:
-                records, committed_lsn = _read(conn, begin, version)
+                ended: dict[int, int] = {}
+                records, committed_lsn = _read(conn, begin, version, ended)
         except (PqError, TimeoutError) as e:
             is_gone = isinstance(e, PqError) and e.sqlstate == WAL_IS_GONE
             if best is None and not (back and is_gone):
                 raise
             break
-        found = list(places(records))
+        found = list(places(records, ended))
         whole = [place for place in found if not place.overflowed]
         if found:
             best = replace((whole or found)[-1], committed_lsn=committed_lsn)
-        if whole:
+        if whole and (back or not whole[-1].unsettled):
             break
     return best
 
 
-def _read(conn: PqConnection, begin: int, version: PgVersion) -> tuple[list[DecodedRecord], int]:
+def _read(
+    conn: PqConnection, begin: int, version: PgVersion, ended: dict[int, int]
+) -> tuple[list[DecodedRecord], int]:
     """The records of interest from the segment start `begin` to the commit LSN, which comes second.
 
+    Transactions that end are added to `ended`, with the start LSN of the record that says so.
     Where the timeline begins in this segment, so does what the safekeeper sends.
     """
     conn.start_copy_both(f"START_REPLICATION {Lsn(begin)} TIMELINE 1", timeout=_READ_TIMEOUT)
@@ -162,7 +213,7 @@ def _read(conn: PqConnection, begin: int, version: PgVersion) -> tuple[list[Deco
         if decoder is None:
             magic = version.xlog_page_magic
             decoder = WalDecoder(lsn, magic, WAL_SEGMENT_SIZE, join_mid_record=True)
-        records += scan(decoder, data)
+        records += scan(decoder, data, version, ended)
         position = lsn + len(data)
         if position >= commit_lsn:
             return records, position

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psycopg2
@@ -14,7 +15,8 @@ import pytest
 from fixtures.oracle import dump_all
 from fixtures.pg_protocol import PgBin
 from fixtures.postgres import Postgres
-from fixtures.utils import wait_until
+from fixtures.storage import Branch
+from fixtures.utils import child_pids, wait_until
 from fixtures.zenith_env import Safekeeper, ZenithEnv, ZenithEnvBuilder
 
 SETTINGS = ["max_prepared_transactions = 5"]
@@ -178,6 +180,49 @@ def test_joins_running_primary(zenith_env_builder: ZenithEnvBuilder, pg_bin: PgB
     for connection in (commits, aborts, many, locks, prepared):
         connection.close()
     same_dump(standby, main, pg_bin)
+
+
+def snapshot_writer(primary: Postgres) -> int:
+    """Process of a primary that writes the snapshots which standbys begin at, or LookupError."""
+    for pid in child_pids(primary.postmaster_pid()):
+        with contextlib.suppress(OSError):
+            if b"free space map logger" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return pid
+    raise LookupError("the process that writes snapshots")
+
+
+def test_begins_where_a_commit_waits(zenith_env_builder: ZenithEnvBuilder) -> None:
+    """What was committed shows on a standby that begins where the commit still had to wait.
+
+    The snapshot that it begins with has the transaction as running, behind its commit record. Where
+    nothing else is committed, the row would be missing for good.
+    """
+    zenith_env_builder.num_safekeepers = 1
+    env = zenith_env_builder.init_start()
+    main = env.postgres.create_start("main")
+    main.safe_psql("CREATE TABLE t (i int)")
+    main.safe_psql("CREATE EXTENSION pg_walinspect")
+    before = main.safe_psql("SELECT pg_current_wal_flush_lsn()::text")[0][0]
+    writer = wait_until(lambda: snapshot_writer(main), what="its background processes")
+    whole = (
+        f"WITH wal AS (SELECT * FROM pg_get_wal_records_info_till_end_of_wal('{before}'))"
+        " SELECT count(*) > 0 FROM wal s JOIN wal c ON c.record_type = 'COMMIT'"
+        " AND s.description LIKE '% xacts: ' || c.xid || '%' AND s.start_lsn > c.start_lsn"
+        " JOIN wal m ON m.record_type = 'NOOP' AND m.start_lsn > s.start_lsn"
+    )
+    commit = threading.Thread(target=main.safe_psql, args=("INSERT INTO t VALUES (1)",))
+    with hung(env.safekeepers[0]):
+        commit.start()
+        wait_until(lambda: main.safe_psql(whole)[0][0], what="a snapshot behind the commit record")
+        # There are no snapshots any more.
+        os.kill(writer, signal.SIGSTOP)
+    try:
+        commit.join()
+        Branch.of(main).wait_for(main)
+        standby = standby_of(env, "main", "replica")
+        assert standby.safe_psql("SELECT i FROM t") == [(1,)]
+    finally:
+        os.kill(writer, signal.SIGCONT)
 
 
 # The large table takes the WAL into the next segments, where a standby's first checkpoint lies.

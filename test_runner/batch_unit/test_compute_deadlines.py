@@ -105,7 +105,7 @@ def test_standby(spec: ComputeSpec) -> None:
     error = failure(lambda: standby_feed.has_wal(address, spec, LSN))
     assert isinstance(error, PqConnectionLost)
     with standby_feed.connect_safekeeper(address, spec) as conn:
-        error = failure(lambda: standby_start._read(conn, LSN, VERSIONS[15]))
+        error = failure(lambda: standby_start._read(conn, LSN, VERSIONS[15], {}))
     assert isinstance(error, PqConnectionLost)
 
 

@@ -10,6 +10,7 @@ import pytest
 from batch_unit.ffi_support import Server, decode, execute, make_server
 from batch_unit.workspace import temporary_workspace
 
+from compute_tools._standby_scan import scan
 from postgres_ffi import xact_records as xact
 from postgres_ffi import xlog_records as xlog
 from postgres_ffi.control_file import DBState
@@ -20,6 +21,7 @@ from postgres_ffi.page_checksum import checksum_page, set_checksums
 from postgres_ffi.record_reader import RelFileNode
 from postgres_ffi.relfile import RelTag, parse_relpath, relpath
 from postgres_ffi.relmap import parse_relmap
+from postgres_ffi.standby_records import XLOG_RUNNING_XACTS
 from postgres_ffi.versions import Rmgr
 from postgres_ffi.wal_decoder import WalDecodeError, WalDecoder
 from postgres_ffi.wal_format import WAL_SEGMENT_SIZE, end_of_bytes, wal_file_name
@@ -265,6 +267,31 @@ def test_scan_stops_at_the_end_of_wal(sample: Sample) -> None:
         decoder.scan(sample.wal)
     assert decoder.position == sample.records[-1].end_lsn
     assert decoder.last_record_start == sample.server.control().checkpoint_lsn
+
+
+def test_scan_for_standbys(sample: Sample) -> None:
+    """Finds the few records where a standby may begin, and where each transaction has ended."""
+    version = sample.server.distrib.version
+    ended: dict[int, int] = {}
+    decoder = WalDecoder(WAL_SEGMENT_SIZE)
+    wal = sample.wal[: sample.records[-1].end_lsn - WAL_SEGMENT_SIZE]
+    pieces = (wal[i : i + 100_000] for i in range(0, len(wal), 100_000))
+    found = [record for piece in pieces for record in scan(decoder, piece, version, ended)]
+    places = {
+        (Rmgr.XLOG, xlog.XLOG_CHECKPOINT_SHUTDOWN),
+        (Rmgr.XLOG, xlog.XLOG_NOOP),
+        (Rmgr.STANDBY, XLOG_RUNNING_XACTS),
+    }
+    assert found == [r for r in sample.records if (r.rmid, r.rmgr_info) in places]
+    ends = {}
+    for record in sample.of(Rmgr.XACT, xact.XLOG_XACT_COMMIT, xact.XLOG_XACT_ABORT, mask=0x70):
+        ends[record.xid] = record.start_lsn
+    operations = xact.XLOG_XACT_COMMIT_PREPARED, xact.XLOG_XACT_ABORT_PREPARED
+    for record in sample.of(Rmgr.XACT, *operations, mask=0x70):
+        end = xact.parse_xact_end(record.main_data, record.info, version)
+        ends[end.twophase_xid] = record.start_lsn
+    assert ended == ends
+    assert 0 not in ended
 
 
 # ---- records

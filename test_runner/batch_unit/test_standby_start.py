@@ -44,9 +44,10 @@ def mark(lsn: int, text: bytes) -> DecodedRecord:
     return record(lsn, Rmgr.XLOG, XLOG_NOOP, text)
 
 
-def running(lsn: int, oldest: int, *, overflow: bool = False) -> DecodedRecord:
-    data = struct.pack("<2i?3x3I", 1, 0, overflow, oldest + 5, oldest, oldest + 4)
-    return record(lsn, Rmgr.STANDBY, 0x10, data + struct.pack("<I", oldest))
+def running(lsn: int, oldest: int, *others: int, overflow: bool = False) -> DecodedRecord:
+    xids = oldest, *others
+    data = struct.pack("<2i?3x3I", len(xids), 0, overflow, max(xids) + 5, oldest, max(xids) + 4)
+    return record(lsn, Rmgr.STANDBY, 0x10, data + struct.pack(f"<{len(xids)}I", *xids))
 
 
 def shutdown(lsn: int) -> DecodedRecord:
@@ -55,11 +56,46 @@ def shutdown(lsn: int) -> DecodedRecord:
 
 def test_places() -> None:
     """A shutdown checkpoint; the first mark of a pair with just one snapshot between."""
-    assert list(places([shutdown(80), running(160, 700)])) == [StandbyStart(Lsn(80), None)]
+    assert list(places([shutdown(80), running(160, 700)], {})) == [StandbyStart(Lsn(80), None)]
     whole = [mark(80, BEGIN), running(160, 700), mark(240, END)]
-    assert list(places(whole)) == [StandbyStart(Lsn(80), 700)]
+    assert list(places(whole, {700: 320})) == [StandbyStart(Lsn(80), 700)]
+    assert list(places(whole, {})) == [StandbyStart(Lsn(80), 700, unsettled=True)]
     overflowed = [mark(80, BEGIN), running(160, 700, overflow=True), mark(240, END)]
-    assert list(places(overflowed)) == [StandbyStart(Lsn(80), 700, overflowed=True)]
+    assert list(places(overflowed, {700: 320})) == [StandbyStart(Lsn(80), 700, overflowed=True)]
+
+
+@pytest.mark.parametrize(
+    ("snapshots", "ended", "lsn", "oldest"),
+    [
+        # Before the record by which the transaction ends; another one runs there, too.
+        ([], {700: 720, 698: 760, 600: 640}, 720, 698),
+        ([], {700: 800, 698: 760}, 800, 700),
+        ([], {700: 808, 698: 760}, 800, 700),
+        # Of those that are listed the first to end, whatever its number.
+        ([], {700: 720, 701: 640, 698: 600}, 640, 700),
+        # The first snapshot behind the place is believed: what it lists has to end behind it, too.
+        ([running(740, 699, 700)], {700: 720, 701: 880, 699: 640}, 640, 699),
+        ([running(740, 699, 700)], {700: 720, 701: 880, 699: 760}, 720, 699),
+        ([running(600, 699), running(740, 699, 700)], {700: 720, 699: 560}, 560, 699),
+        ([running(700, 699), running(710, 699)], {700: 720, 699: 640}, 720, 700),
+    ],
+)
+def test_ended_before_the_place(
+    snapshots: list[DecodedRecord], ended: dict[int, int], lsn: int, oldest: int
+) -> None:
+    """Transactions that a snapshot lists behind their ends have them replayed."""
+    whole = [mark(800, BEGIN), running(840, 700, 701), mark(880, END)]
+    (found,) = places([*snapshots, *whole], ended)
+    assert (found.lsn, found.oldest_running_xid) == (lsn, oldest)
+    assert found.unsettled == (701 not in ended)
+
+
+def test_numbers_begin_anew() -> None:
+    """The oldest of some transactions is not the one with the least number."""
+    snapshot = record(840, Rmgr.STANDBY, 0x10, struct.pack("<2i?3x4I", 1, 0, False, 5, 4, 3, 4))
+    whole = [mark(800, BEGIN), snapshot, mark(880, END)]
+    (found,) = places(whole, {4: 720, 0xFFFF_FFF0: 760})
+    assert (found.lsn, found.oldest_running_xid) == (720, 0xFFFF_FFF0)
 
 
 @pytest.mark.parametrize(
@@ -75,13 +111,13 @@ def test_places() -> None:
 )
 def test_no_places(records: list[DecodedRecord]) -> None:
     """Locks may have been written before, or belong to another snapshot."""
-    assert list(places(records)) == []
+    assert list(places(records, {})) == []
 
 
 def test_crash_between_marks() -> None:
     """What follows a shutdown checkpoint belongs to another life of the server."""
     crashed = [mark(80, BEGIN), shutdown(160), running(240, 700), mark(320, END)]
-    assert list(places(crashed)) == [StandbyStart(Lsn(160), None)]
+    assert list(places(crashed, {})) == [StandbyStart(Lsn(160), None)]
 
 
 def test_running_xacts() -> None:
@@ -181,6 +217,31 @@ def test_feed_leads_to_wal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(changes) == 1
 
 
+class Connection:
+    """A safekeeper's."""
+
+    messages: ClassVar[list[bytes | Exception]] = []
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def start_copy_both(self, sql: str, *, timeout: float) -> None:
+        """Take the command."""
+        del timeout
+        assert sql.startswith("START_REPLICATION")
+
+    def recv_copy_data(self, *, timeout: float) -> memoryview:
+        """The next of the messages."""
+        del timeout
+        message = self.messages.pop(0)
+        if isinstance(message, Exception):
+            raise message
+        return memoryview(message)
+
+
 def test_looking_for_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keepalives come at the end of committed WAL, and while WAL is fetched from elsewhere.
 
@@ -193,30 +254,10 @@ def test_looking_for_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
     def wal(lsn: int) -> bytes:
         return struct.pack(">cQQq", b"w", lsn, begin + 16, 0) + bytes(8)
 
-    class Connection:
-        messages: ClassVar[list[bytes | Exception]] = []
-
-        def __enter__(self) -> Connection:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-        def start_copy_both(self, sql: str, *, timeout: float) -> None:
-            del timeout
-            assert sql.startswith("START_REPLICATION")
-
-        def recv_copy_data(self, *, timeout: float) -> memoryview:
-            del timeout
-            message = self.messages.pop(0)
-            if isinstance(message, Exception):
-                raise message
-            return memoryview(message)
-
     monkeypatch.setattr(standby_start, "connect_safekeeper", lambda *_: Connection())
     monkeypatch.setattr(standby_start, "flush_lsn", lambda _: begin + 16)
     monkeypatch.setattr(standby_start, "progress", lambda *_: {("a", 1): begin + 16})
-    monkeypatch.setattr(standby_start, "scan", lambda _, data: [shutdown(begin)])
+    monkeypatch.setattr(standby_start, "scan", lambda *_: [shutdown(begin)])
 
     def find(*messages: bytes | Exception) -> StandbyStart:
         Connection.messages[:] = messages
@@ -234,6 +275,47 @@ def test_looking_for_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
         find(idle, PqError("FATAL", "XX000", "damaged"))
     with pytest.raises(StandbyStartError, match="a:1: FATAL: gone"):
         find(PqError("FATAL", "58P01", "gone"))
+
+
+def test_looking_further_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transaction that runs, or ended before the last segment: one more tells mostly."""
+    begin = 3 * WAL_SEGMENT_SIZE
+    spec = SimpleNamespace(safekeepers=(("a", 1),), timeline_id="l")
+    whole = [mark(begin + 80, BEGIN), running(begin + 160, 700), mark(begin + 240, END)]
+    ends = {begin: {701: begin + 400}, begin - WAL_SEGMENT_SIZE: {700: begin - 80}}
+
+    def wal(lsn: int) -> bytes:
+        return struct.pack(">cQQq", b"w", lsn, lsn + 8, 0) + bytes(8)
+
+    asked: list[int] = []
+
+    def scan(decoder: WalDecoder, _: object, __: object, ended: dict[int, int]) -> object:
+        asked.append(decoder.position)
+        ended |= ends[decoder.position]
+        return whole
+
+    monkeypatch.setattr(standby_start, "connect_safekeeper", lambda *_: Connection())
+    monkeypatch.setattr(standby_start, "flush_lsn", lambda _: begin + 500)
+    monkeypatch.setattr(standby_start, "progress", lambda *_: {("a", 1): begin + 500})
+    monkeypatch.setattr(standby_start, "scan", scan)
+
+    def find(*messages: bytes | Exception) -> StandbyStart:
+        Connection.messages[:] = messages
+        found = find_standby_start(spec, find_distrib().version)  # type: ignore[arg-type]
+        assert not Connection.messages
+        return found
+
+    before = begin - WAL_SEGMENT_SIZE
+    assert find(wal(begin), wal(before)).lsn == begin - 80
+    assert asked == [begin, before]
+    # It runs; or nobody can tell.
+    ends[before] = {}
+    assert find(wal(begin), wal(before)).lsn == begin + 80
+    assert find(wal(begin), PqError("FATAL", "58P01", "gone")).lsn == begin + 80
+    asked.clear()
+    ends[begin] = {700: begin + 400}
+    assert find(wal(begin)).lsn == begin + 80
+    assert asked == [begin]
 
 
 def test_begin_replay() -> None:
