@@ -170,12 +170,11 @@ def test_lag_of_a_slow_pageserver(zenith_env_builder: ZenithEnvBuilder) -> None:
             with pg.env.pageserver.suspended():
                 worst = max(worst, *(probe.lag() for _ in range(30)))
             done = one.committed + other.committed
-            wait_until(lambda done=done: one.committed + other.committed > done, what="commits")  # type: ignore[misc]
+            wait_until(lambda done=done: one.committed + other.committed > done + 5, what="commits")  # type: ignore[misc]
             worst = max(worst, *(probe.lag() for _ in range(30)))
         one.stop()
         other.stop()
         assert worst < MB + 2 * ONE_TRANSACTION
-        assert one.committed + other.committed > 40
         assert probe.row("SELECT count(*) FROM t") == (one.committed + other.committed,)
 
 

@@ -14,45 +14,56 @@ from fixtures.zenith_env import ZenithEnvBuilder
 
 CLIENTS = 5
 ROWS = 20_000
+# At least.
 UPDATES = 4_000
+ROUNDS = 3
 # Layers are small and many, and nothing is collected but by the test.
 SETTINGS = "checkpoint_distance=1048576;gc_period='1 h';pitr_interval='0 s'"
 
 
-async def update(pg: Postgres, seed: int, todo: list[int]) -> None:
-    """Count up random rows until there is nothing left to do."""
+class Work:
+    """What the clients have done, and how often garbage was collected meanwhile."""
+
+    def __init__(self) -> None:
+        self.updates = 0
+        self.rounds = 0
+
+    @property
+    def enough(self) -> bool:
+        """Whether all may stop."""
+        return self.updates >= UPDATES and self.rounds >= ROUNDS
+
+
+async def update(pg: Postgres, seed: int, work: Work) -> None:
+    """Count up random rows until that is enough."""
     rng = random.Random(seed)
     connection = await pg.connect_async()
     try:
-        while todo:
-            todo.pop()
+        while not work.enough:
             row = rng.randrange(ROWS)
             await connection.execute(f"UPDATE foo SET counter = counter + 1 WHERE id = {row}")
+            work.updates += 1
     finally:
         await connection.close()
 
 
-async def collect(pageserver: PgProtocol, branch: Branch, todo: list[int]) -> int:
-    """`do_gc` with horizon 0 as long as there is something to do; how often."""
-    rounds = 0
+async def collect(pageserver: PgProtocol, branch: Branch, work: Work) -> None:
+    """`do_gc` with horizon 0 until that is enough."""
     connection = await pageserver.connect_async()
     try:
-        while todo:
+        while not work.enough:
             await connection.execute(f"do_gc {branch.tenant.hex} {branch.timeline.hex} 0")
-            rounds += 1
+            work.rounds += 1
     finally:
         await connection.close()
-    return rounds
 
 
 async def update_and_collect(pg: Postgres, branch: Branch) -> int:
-    """All clients at once; how often garbage was collected meanwhile."""
-    todo = list(range(UPDATES))
-    clients = [update(pg, seed, todo) for seed in range(CLIENTS)]
-    _, rounds = await asyncio.gather(
-        asyncio.gather(*clients), collect(pg.env.pageserver, branch, todo)
-    )
-    return rounds
+    """All at once; the number of updates."""
+    work = Work()
+    clients = [update(pg, seed, work) for seed in range(CLIENTS)]
+    await asyncio.gather(*clients, collect(pg.env.pageserver, branch, work))
+    return work.updates
 
 
 def test_gc_aggressive(zenith_env_builder: ZenithEnvBuilder) -> None:
@@ -71,9 +82,9 @@ def test_gc_aggressive(zenith_env_builder: ZenithEnvBuilder) -> None:
         f" FROM generate_series(0, {ROWS - 1}) g"
     )
     branch = Branch.of(pg)
-    assert asyncio.run(update_and_collect(pg, branch)) >= 3
+    updates = asyncio.run(update_and_collect(pg, branch))
     sums = "SELECT count(*), sum(counter) FROM foo"
-    assert pg.safe_psql(sums) == [(ROWS, UPDATES)]
+    assert pg.safe_psql(sums) == [(ROWS, updates)]
     # From storage alone, by way of the table and of the index.
     branch.wait_for(pg)
     branch.do_gc(0)
@@ -81,8 +92,8 @@ def test_gc_aggressive(zenith_env_builder: ZenithEnvBuilder) -> None:
     pg.start()
     with contextlib.closing(pg.connect()) as connection, connection.cursor() as cursor:
         cursor.execute(sums)
-        assert cursor.fetchall() == [(ROWS, UPDATES)]
+        assert cursor.fetchall() == [(ROWS, updates)]
         cursor.execute("SET enable_seqscan = off")
         cursor.execute(f"{sums} WHERE id >= 0")
-        assert cursor.fetchall() == [(ROWS, UPDATES)]
+        assert cursor.fetchall() == [(ROWS, updates)]
     verify_pages(pg)
