@@ -189,7 +189,8 @@ def _read(
 ) -> tuple[list[DecodedRecord], int]:
     """The records of interest from the segment start `begin` to the commit LSN, which comes second.
 
-    Transactions that end are added to `ended`, with the start LSN of the record that says so.
+    `ended` gets the transactions that end, with the start LSN of the record that says so: those of
+    the last two segments, as there may be millions. To queries the others end with what follows.
     Where the timeline begins in this segment, so does what the safekeeper sends.
     """
     conn.start_copy_both(f"START_REPLICATION {Lsn(begin)} TIMELINE 1", timeout=_READ_TIMEOUT)
@@ -215,6 +216,10 @@ def _read(
             decoder = WalDecoder(lsn, magic, WAL_SEGMENT_SIZE, join_mid_record=True)
         records += scan(decoder, data, version, ended)
         position = lsn + len(data)
+        if segment_start(position) > segment_start(lsn):
+            horizon = segment_start(position) - WAL_SEGMENT_SIZE
+            for xid in [xid for xid, at in ended.items() if at < horizon]:
+                del ended[xid]
         if position >= commit_lsn:
             return records, position
         deadline = time.monotonic() + _FETCH_TIMEOUT

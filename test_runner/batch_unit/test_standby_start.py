@@ -318,6 +318,32 @@ def test_looking_further_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [begin]
 
 
+def test_much_wal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all transactions that end in it only the last ones are kept in memory."""
+    step = WAL_SEGMENT_SIZE // 2
+    end = 10 * WAL_SEGMENT_SIZE
+
+    def scan(_: object, data: memoryview, __: object, ended: dict[int, int]) -> list[object]:
+        lsn = int.from_bytes(data[:8], "big")
+        ended |= {lsn // step: lsn}
+        return []
+
+    monkeypatch.setattr(standby_start, "scan", scan)
+    Connection.messages[:] = [
+        struct.pack(">cQQq", b"w", lsn, end, 0) + lsn.to_bytes(8, "big") + bytes(step - 8)
+        for lsn in range(0, end, step)
+    ]
+    ended: dict[int, int] = {}
+    records, committed = standby_start._read(
+        Connection(),  # type: ignore[arg-type]
+        0,
+        find_distrib().version,
+        ended,
+    )
+    assert (records, committed) == ([], end)
+    assert list(ended) == [18, 19]
+
+
 def test_begin_replay() -> None:
     """Local WAL ends where replay begins; the checkpoint ahead can be read, but not followed."""
     with temporary_workspace() as workspace:
