@@ -188,6 +188,8 @@ def _dies_with(parent: int) -> Callable[[], None]:
     number = int(signal.SIGQUIT)
 
     def prepare_child() -> None:
+        # Shells have what they start in the background ignore it.
+        signal.signal(number, signal.SIG_DFL)
         _prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
         if os.getppid() != parent:
             os._exit(1)  # it died before the setting could tell

@@ -347,7 +347,9 @@ def test_flipped_bits_on_the_way(zenith_env_builder: ZenithEnvBuilder) -> None:
         with contextlib.closing(pg.connect()) as connection, connection.cursor() as cursor:
             cursor.execute("SET synchronous_commit = off")
             cursor.execute(f"INSERT INTO damaged VALUES ('{flipper.marker.decode()}')")
-        lsn = flush_lsn(pg)
+            # It is flushed later.
+            cursor.execute("SELECT pg_current_wal_insert_lsn()::text")
+            lsn = lsn_from_hex(cursor.fetchone()[0])
         timelines(pg)[2].wait_flushed(lsn)
         wait_until(lambda: commits_wait(pg), what="a commit to wait for the quorum")
         assert all(timeline.commit_lsn < lsn for timeline in timelines(pg))

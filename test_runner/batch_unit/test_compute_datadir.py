@@ -227,7 +227,10 @@ def test_log(tmp_path: Path) -> None:
 
 
 def test_postgres_dies_with_its_supervisor(tmp_path: Path) -> None:
-    """The parent is killed: its child gets SIGQUIT from the kernel."""
+    """The parent is killed: its child gets SIGQUIT from the kernel.
+
+    Also where a script has started the parent in the background: there the signal is ignored.
+    """
     pgdata = tmp_path / "pgdata"
     pgdata.mkdir()
     (tmp_path / "program").write_text("#!/bin/sh\necho $$ > pid; exec sleep 1000\n")
@@ -236,6 +239,7 @@ def test_postgres_dies_with_its_supervisor(tmp_path: Path) -> None:
         "import sys, signal; from pathlib import Path\n"
         "from compute_tools import postgres_process as p\n"
         "p.popen_kwargs = lambda: {}\n"
+        "signal.signal(signal.SIGQUIT, signal.SIG_IGN)\n"
         "p.PostgresProcess.start(Path(sys.argv[1]) / 'program', Path(sys.argv[1]) / 'pgdata', [],"
         " {'PATH': '/usr/bin:/bin'})\n"
         "signal.pause()\n"

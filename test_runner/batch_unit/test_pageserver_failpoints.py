@@ -161,9 +161,10 @@ def test_failed_ingestion_begins_again_with_the_next_record(site: Site) -> None:
 
 
 def test_checkpoint_fails_as_told_and_succeeds_afterwards(site: Site) -> None:
+    # From here on nothing that was not under way becomes durable.
+    site.set(f"{METADATA}=return(no room)")
     site.wait_for(site.write())
     before = site.durable()
-    site.set(f"{METADATA}=return(no room)")
     with pytest.raises(PqError, match="no room"):
         site.root.server.query(f"checkpoint {site.names}")
     assert site.durable() == before
