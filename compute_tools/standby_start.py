@@ -21,7 +21,8 @@ from __future__ import annotations
 import logging
 import struct
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from compute_tools._standby_scan import scan
@@ -96,28 +97,36 @@ def find_standby_start(spec: ComputeSpec, version: PgVersion) -> StandbyStart:
     )
 
 
-def places(records: Iterable[DecodedRecord], ended: Mapping[int, int]) -> Iterator[StandbyStart]:
-    """The places where a standby can begin among records in WAL order.
+def last_place(records: Iterable[DecodedRecord], ended: Mapping[int, int]) -> StandbyStart | None:
+    """The last place where a standby can begin among records in WAL order, None if there is none.
 
-    A snapshot counts if it is the only one between its marks: then its locks are there, too.
-    `ended` has the start LSNs of the records, in the same WAL, by which transactions end.
+    With a whole snapshot if one has that. A snapshot counts if it is the only one between its
+    marks: then its locks are there, too. `ended` has the start LSNs of the records, in the same
+    WAL, by which transactions end.
     """
     begin: int | None = None
     between = 0
     snapshots: list[_Snapshot] = []
+    last: _Place | None = None
+    whole: _Place | None = None
     for record in records:
         if record.rmid == Rmgr.STANDBY:
             snapshots.append(_Snapshot(record.start_lsn, parse_running_xacts(record.main_data)))
             between += 1
         elif record.rmgr_info == XLOG_CHECKPOINT_SHUTDOWN:
+            # What comes belongs to another life of the server.
             begin, snapshots = None, []
-            yield StandbyStart(Lsn(record.start_lsn), None)
+            last = whole = _Place(record.start_lsn, snapshots, 0)
         elif record.main_data == _SNAPSHOT_BEGINS:
             begin, between = record.start_lsn, 0
         elif record.main_data == _SNAPSHOT_ENDS:
             if begin is not None and between == 1:
-                yield _place(begin, snapshots, ended)
+                last = _Place(begin, snapshots, len(snapshots))
+                if not snapshots[-1].running.subxid_overflow:
+                    whole = last
             begin = None
+    chosen = whole or last
+    return None if chosen is None else _start(chosen, ended)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,16 +137,28 @@ class _Snapshot:
     running: RunningXacts
 
 
-def _place(begin: int, snapshots: Sequence[_Snapshot], ended: Mapping[int, int]) -> StandbyStart:
-    """The last place, not behind `begin`, from which on all that is listed as running ends.
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A shutdown checkpoint, or the first mark before the last of the first `count` snapshots."""
 
-    `snapshots` are in WAL order. The last one lies behind `begin`, the locks before it, too: it has
-    been replayed when queries are let in. Until then the first one behind the place is believed.
+    lsn: int
+    snapshots: list[_Snapshot]
+    count: int
+
+
+def _start(place: _Place, ended: Mapping[int, int]) -> StandbyStart:
+    """Not behind a place, and before the ends of all that are listed as running.
+
+    The locks come before the last snapshot, which has been replayed when queries are let in. Until
+    then the first one is believed.
     """
+    if not place.count:
+        return StandbyStart(Lsn(place.lsn), None)
+    snapshots = place.snapshots[: place.count]
     last = snapshots[-1].running
-    lsn = begin
+    lsn = place.lsn
     while True:
-        first = next(snapshot for snapshot in snapshots if snapshot.lsn > lsn)
+        first = snapshots[bisect_right(snapshots, lsn, key=lambda snapshot: snapshot.lsn)]
         ends_before = [at for xid in first.running.xids if (at := ended.get(xid, lsn)) < lsn]
         if not ends_before:
             break
@@ -175,12 +196,11 @@ def _search(address: tuple[str, int], spec: ComputeSpec, version: PgVersion) -> 
             if best is None and not (back and is_gone):
                 raise
             break
-        found = list(places(records, ended))
-        whole = [place for place in found if not place.overflowed]
-        if found:
-            best = replace((whole or found)[-1], committed_lsn=committed_lsn)
-        if whole and (back or not whole[-1].unsettled):
-            break
+        found = last_place(records, ended)
+        if found is not None:
+            best = replace(found, committed_lsn=committed_lsn)
+            if not found.overflowed and (back or not found.unsettled):
+                break
     return best
 
 

@@ -17,7 +17,7 @@ from compute_tools.standby_start import (
     StandbyStart,
     StandbyStartError,
     find_standby_start,
-    places,
+    last_place,
 )
 from postgres_ffi.control_file import DBState, parse_control_file
 from postgres_ffi.decoded_record import DecodedRecord
@@ -56,12 +56,12 @@ def shutdown(lsn: int) -> DecodedRecord:
 
 def test_places() -> None:
     """A shutdown checkpoint; the first mark of a pair with just one snapshot between."""
-    assert list(places([shutdown(80), running(160, 700)], {})) == [StandbyStart(Lsn(80), None)]
+    assert last_place([shutdown(80), running(160, 700)], {}) == StandbyStart(Lsn(80), None)
     whole = [mark(80, BEGIN), running(160, 700), mark(240, END)]
-    assert list(places(whole, {700: 320})) == [StandbyStart(Lsn(80), 700)]
-    assert list(places(whole, {})) == [StandbyStart(Lsn(80), 700, unsettled=True)]
+    assert last_place(whole, {700: 320}) == StandbyStart(Lsn(80), 700)
+    assert last_place(whole, {}) == StandbyStart(Lsn(80), 700, unsettled=True)
     overflowed = [mark(80, BEGIN), running(160, 700, overflow=True), mark(240, END)]
-    assert list(places(overflowed, {700: 320})) == [StandbyStart(Lsn(80), 700, overflowed=True)]
+    assert last_place(overflowed, {700: 320}) == StandbyStart(Lsn(80), 700, overflowed=True)
 
 
 @pytest.mark.parametrize(
@@ -85,16 +85,27 @@ def test_ended_before_the_place(
 ) -> None:
     """Transactions that a snapshot lists behind their ends have them replayed."""
     whole = [mark(800, BEGIN), running(840, 700, 701), mark(880, END)]
-    (found,) = places([*snapshots, *whole], ended)
+    found = last_place([*snapshots, *whole], ended)
+    assert found is not None
     assert (found.lsn, found.oldest_running_xid) == (lsn, oldest)
     assert found.unsettled == (701 not in ended)
+
+
+def test_many_places() -> None:
+    """A branch that writes little has tens of thousands in a segment."""
+    records = []
+    for lsn in range(80, 80 + 50_000 * 240, 240):
+        records += [mark(lsn, BEGIN), running(lsn + 80, 700), mark(lsn + 160, END)]
+    ended = {xid: 80 + xid * 240 for xid in range(1000, 50_000)}
+    assert last_place(records, ended) == StandbyStart(Lsn(49_999 * 240 + 80), 700, unsettled=True)
 
 
 def test_numbers_begin_anew() -> None:
     """The oldest of some transactions is not the one with the least number."""
     snapshot = record(840, Rmgr.STANDBY, 0x10, struct.pack("<2i?3x4I", 1, 0, False, 5, 4, 3, 4))
     whole = [mark(800, BEGIN), snapshot, mark(880, END)]
-    (found,) = places(whole, {4: 720, 0xFFFF_FFF0: 760})
+    found = last_place(whole, {4: 720, 0xFFFF_FFF0: 760})
+    assert found is not None
     assert (found.lsn, found.oldest_running_xid) == (720, 0xFFFF_FFF0)
 
 
@@ -111,13 +122,13 @@ def test_numbers_begin_anew() -> None:
 )
 def test_no_places(records: list[DecodedRecord]) -> None:
     """Locks may have been written before, or belong to another snapshot."""
-    assert list(places(records, {})) == []
+    assert last_place(records, {}) is None
 
 
 def test_crash_between_marks() -> None:
     """What follows a shutdown checkpoint belongs to another life of the server."""
     crashed = [mark(80, BEGIN), shutdown(160), running(240, 700), mark(320, END)]
-    assert list(places(crashed, {})) == [StandbyStart(Lsn(160), None)]
+    assert last_place(crashed, {}) == StandbyStart(Lsn(160), None)
 
 
 def test_running_xacts() -> None:
