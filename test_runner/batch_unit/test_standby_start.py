@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -253,29 +254,35 @@ class Connection:
         return memoryview(message)
 
 
+def prepare(monkeypatch: pytest.MonkeyPatch, end: int, scan: Callable[..., object]) -> None:
+    """The one safekeeper has WAL up to `end`, in which `scan` finds the records of interest."""
+    monkeypatch.setattr(standby_start, "connect_safekeeper", lambda *_: Connection())
+    monkeypatch.setattr(standby_start, "flush_lsn", lambda _: end)
+    monkeypatch.setattr(standby_start, "progress", lambda *_: {("a", 1): end})
+    monkeypatch.setattr(standby_start, "scan", scan)
+
+
+def find(*messages: bytes | Exception) -> StandbyStart:
+    """Where to begin, as that safekeeper's messages tell; all of them are asked for."""
+    Connection.messages[:] = messages
+    spec = SimpleNamespace(safekeepers=(("a", 1),), timeline_id="l")
+    found = find_standby_start(spec, find_distrib().version)  # type: ignore[arg-type]
+    assert not Connection.messages
+    return found
+
+
 def test_looking_for_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keepalives come at the end of committed WAL, and while WAL is fetched from elsewhere.
 
     What cannot be read is told, unless it is that there is no more.
     """
     begin = 3 * WAL_SEGMENT_SIZE
-    spec = SimpleNamespace(safekeepers=(("a", 1),), timeline_id="l")
     fetching, idle = (struct.pack(">cQqB", b"k", begin, 0, flags) for flags in (0, 1))
 
     def wal(lsn: int) -> bytes:
         return struct.pack(">cQQq", b"w", lsn, begin + 16, 0) + bytes(8)
 
-    monkeypatch.setattr(standby_start, "connect_safekeeper", lambda *_: Connection())
-    monkeypatch.setattr(standby_start, "flush_lsn", lambda _: begin + 16)
-    monkeypatch.setattr(standby_start, "progress", lambda *_: {("a", 1): begin + 16})
-    monkeypatch.setattr(standby_start, "scan", lambda *_: [shutdown(begin)])
-
-    def find(*messages: bytes | Exception) -> StandbyStart:
-        Connection.messages[:] = messages
-        found = find_standby_start(spec, find_distrib().version)  # type: ignore[arg-type]
-        assert not Connection.messages
-        return found
-
+    prepare(monkeypatch, begin + 16, lambda *_: [shutdown(begin)])
     assert find(fetching, wal(begin), fetching, wal(begin + 8)).committed_lsn == begin + 16
     assert find(wal(begin), idle).committed_lsn == begin + 8
     with pytest.raises(StandbyStartError, match="no safekeeper has WAL of timeline l with a place"):
@@ -291,7 +298,6 @@ def test_looking_for_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_looking_further_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """A transaction that runs, or ended before the last segment: one more tells mostly."""
     begin = 3 * WAL_SEGMENT_SIZE
-    spec = SimpleNamespace(safekeepers=(("a", 1),), timeline_id="l")
     whole = [mark(begin + 80, BEGIN), running(begin + 160, 700), mark(begin + 240, END)]
     ends = {begin: {701: begin + 400}, begin - WAL_SEGMENT_SIZE: {700: begin - 80}}
 
@@ -305,17 +311,7 @@ def test_looking_further_back(monkeypatch: pytest.MonkeyPatch) -> None:
         ended |= ends[decoder.position]
         return whole
 
-    monkeypatch.setattr(standby_start, "connect_safekeeper", lambda *_: Connection())
-    monkeypatch.setattr(standby_start, "flush_lsn", lambda _: begin + 500)
-    monkeypatch.setattr(standby_start, "progress", lambda *_: {("a", 1): begin + 500})
-    monkeypatch.setattr(standby_start, "scan", scan)
-
-    def find(*messages: bytes | Exception) -> StandbyStart:
-        Connection.messages[:] = messages
-        found = find_standby_start(spec, find_distrib().version)  # type: ignore[arg-type]
-        assert not Connection.messages
-        return found
-
+    prepare(monkeypatch, begin + 500, scan)
     before = begin - WAL_SEGMENT_SIZE
     assert find(wal(begin), wal(before)).lsn == begin - 80
     assert asked == [begin, before]
