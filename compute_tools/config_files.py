@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from compute_tools import postgres_conf
 from zenith_utils.os_user import give, postgres_user
+
+log = logging.getLogger(__name__)
 
 _MAX_DEPTH = 10  # CONF_FILE_MAX_DEPTH in utils/conffiles.h
 _EVENTS = 0x8 | 0x40 | 0x80 | 0x200  # IN_CLOSE_WRITE, MOVED_FROM, MOVED_TO, DELETE: inotify(7)
@@ -30,6 +33,7 @@ class ConfigFiles:
         self._generated = generated
         self._stamps: dict[Path, _Stamp] = {}
         self._written = False
+        self._trouble = ""
         self.complete = True
         """Whether Postgres finds all files of the configuration that was read last."""
 
@@ -77,6 +81,15 @@ class ConfigFiles:
         return not self._written or any(
             _stamp(path) != stamp for path, stamp in self._stamps.items()
         )
+
+    def followed(self, trouble: str) -> None:
+        """Tell why a change could not be followed, "" if it was.
+
+        What is tried again every time is told of once.
+        """
+        if trouble and trouble != self._trouble:
+            log.error("cannot follow the change of the configuration: %s", trouble)
+        self._trouble = trouble
 
     def directories(self) -> set[Path]:
         """Where those files are."""

@@ -89,7 +89,6 @@ class Sidecar:
         self._config = config
         self._pid = pid
         self._pidfd = pidfd
-        self._config_trouble = ""
         self._starting = True
         """Whether the server has still to be told that it may start."""
         self._wakeup, self._wakeup_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -215,10 +214,8 @@ class Sidecar:
             self._config.generate_plain()
         except OSError as e:
             trouble = str(e)
-        # The server goes on with what it has. What is tried again every time is told of once.
-        if trouble and trouble != self._config_trouble:
-            log.error("cannot follow the change of the configuration: %s", trouble)
-        self._config_trouble = trouble
+        # If it cannot be written, the server goes on with what it has.
+        self._config.followed(trouble)
 
     def _server_ended(self, timeout: float = 0.0) -> bool:
         """Whether it has ended; waits `timeout` seconds, at most until the walproposer speaks."""

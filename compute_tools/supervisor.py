@@ -113,7 +113,6 @@ class Supervisor:
         self._parts = _Parts()
         self._lag_limits = dict.fromkeys(postgres_conf.LAG_LIMITS, 0)
         self._limits: dict[str, int] = {}
-        self._config_trouble = ""
         self._lease_lost = ""
         """Why the pages at the base LSN cannot be had any more, if that is so."""
         self._feed = StandbyFeed(spec, self._ask_for_reload) if spec.hot_standby else None
@@ -404,10 +403,7 @@ class Supervisor:
                 self._set_limits(settings)
         except (OSError, ProposerError) as e:
             trouble = str(e)
-        # What cannot be read or written is tried again every time, and told of once.
-        if trouble and trouble != self._config_trouble:
-            log.error("cannot follow the change of the configuration: %s", trouble)
-        self._config_trouble = trouble
+        self._config.followed(trouble)
         if reload and self._parts.postgres is not None:
             self._parts.postgres.signal(signal.SIGHUP)
 
