@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,9 @@ RELEASE_TIMEOUT = 2.0
 CONNECT_TIMEOUT = 10.0
 BASEBACKUP_TIMEOUT = 300.0
 _GONE = 410
+# Longer than the pageserver takes to give up a host that is gone without a word.
+_RECEIVING_TIMEOUT = 45.0
+_RECEIVING_POLL = 0.02
 
 
 class PageserverError(Exception):
@@ -49,14 +53,32 @@ class PageserverClient:
         self._path = f"/v1/tenant/{spec.tenant_id}/timeline/{spec.timeline_id}"
 
     def last_record_lsn(self) -> Lsn:
-        """End of the last WAL record that the pageserver has of the timeline."""
-        detail = self._http("GET", "")
-        try:
-            return Lsn.parse(detail["local"]["last_record_lsn"])
-        except (KeyError, TypeError) as e:
-            raise PageserverError(
-                f"the pageserver does not have timeline {self._spec.timeline_id}"
-            ) from e
+        """End of the last WAL record that the pageserver has of the timeline, and will ever have.
+
+        What the compute before has sent may still lie in a socket, unacknowledged: ingested later,
+        it would be another history than the one that is written from here on. So this waits until
+        the pageserver has met the end of that connection.
+
+        Raises PageserverError: also if it goes on receiving.
+        """
+        deadline = time.monotonic() + _RECEIVING_TIMEOUT
+        while True:
+            detail = self._http("GET", "")
+            try:
+                lsn = Lsn.parse(detail["local"]["last_record_lsn"])
+                source = detail["local"]["wal_source"]
+            except (KeyError, TypeError) as e:
+                raise PageserverError(
+                    f"the pageserver does not have timeline {self._spec.timeline_id}"
+                ) from e
+            if source is None:
+                return lsn
+            if time.monotonic() > deadline:
+                raise PageserverError(
+                    f"the pageserver is still receiving WAL of timeline {self._spec.timeline_id} "
+                    f"from {source}: if another node runs on the branch, stop it"
+                )
+            time.sleep(_RECEIVING_POLL)
 
     def feedback(self) -> ZenithFeedback | None:
         """What the pageserver has of the timeline, as it reports to a WAL sender that can take it.

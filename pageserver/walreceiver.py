@@ -42,6 +42,7 @@ class WalReceiver:
         self._sources: dict[str, WalSource] = {}
         self._thread: threading.Thread | None = None
         self._connection: PqConnection | None = None
+        self._source: WalSource | None = None
         self._stream: WalStream | None = None
         self._received = INVALID_LSN
         self._stopping = False
@@ -90,9 +91,9 @@ class WalReceiver:
             thread.join()
 
     @property
-    def streaming(self) -> bool:
-        """Whether a connection is open now."""
-        return self._connection is not None
+    def source(self) -> WalSource | None:
+        """Whom WAL comes from; None if there is no connection, and all that came is ingested."""
+        return self._source
 
     @property
     def received_lsn(self) -> Lsn:
@@ -166,6 +167,7 @@ class WalReceiver:
             with self._lock:
                 self._connection = None
             self._received, self._stream = self.received_lsn, None
+            self._source = None
             connection.close()
             self._handle.metrics.wal_receiver_connected(-1)
             if not source.is_safekeeper:
@@ -216,6 +218,7 @@ class WalReceiver:
         with self._lock:
             self._ended = ""
             self._connection = best[2]
+            self._source = best[1]
             if self._stopping:
                 _interrupt(best[2])
         self._handle.metrics.wal_receiver_connected(1)

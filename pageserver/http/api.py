@@ -252,7 +252,9 @@ def describe(handle: TimelineHandle, *, sized: bool = True, recount: bool = Fals
     ``sized``: with its logical size, which is counted once; ``recount``: with that counted afresh.
     """
     timeline = handle.timeline
-    # First: nothing is durable that is not ingested.
+    # First: without a source, nothing is ingested any more that is not part of the answer.
+    source = handle.walreceiver.source
+    # And nothing is durable that is not ingested.
     disk_consistent_lsn = Lsn(timeline.disk_consistent_lsn)
     end = handle.datadir.end_of_wal(sized=sized, recount=recount)
     ancestor_id = timeline.ancestor_id
@@ -265,6 +267,7 @@ def describe(handle: TimelineHandle, *, sized: bool = True, recount: bool = Fals
         "disk_consistent_lsn": str(disk_consistent_lsn),
         "current_logical_size": end.logical_size,
         "current_logical_size_non_incremental": end.recounted,
+        "wal_source": None if source is None else str(source),
         "timeline_state": "Loaded",
     }
     return _info(handle.tenant_id, handle.timeline_id, local)

@@ -399,6 +399,7 @@ def _timeline_info(timeline_id: str, **local: Any) -> Json:
             "disk_consistent_lsn": _LSN,
             "current_logical_size": 25_190_400,
             "current_logical_size_non_incremental": None,
+            "wal_source": None,
             "timeline_state": "Loaded",
             **local,
         },

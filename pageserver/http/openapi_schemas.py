@@ -102,6 +102,11 @@ def _timeline_schemas() -> dict[str, Json]:
                 "description": "The same, at the same LSN, counted from scratch if that was asked "
                 "for; null wherever the other one is.",
             },
+            wal_source={
+                "type": ["string", "null"],
+                "description": "Whom its WAL is being received from: `compute HOST:PORT` or "
+                "`safekeeper HOST:PORT`; null while there is no connection.",
+            },
             timeline_state={"type": "string", "enum": ["Loaded", "Unloaded"]},
         ),
         "LsnByTimestamp": _all_required(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from fixtures.oracle import dump_all
@@ -62,6 +63,44 @@ def test_killed_compute(zenith_env_builder: ZenithEnvBuilder, num_safekeepers: i
         pg.start()
         rows = pg.safe_psql("SELECT i FROM t ORDER BY i")
         assert [i for (i,) in rows] == list(range((generation + 1) * 50))
+
+
+def test_killed_while_much_was_under_way(zenith_env_builder: ZenithEnvBuilder) -> None:
+    """Without safekeepers the next compute begins behind all that the pageserver will ever have.
+
+    What a compute sent before it died may still lie in a socket. Taken in behind the back of the
+    next compute, it would be another history than that one's: nobody could write any more.
+    """
+    env = zenith_env_builder.init_start()
+    pg = env.postgres.create_start("main")
+    pg.safe_psql("CREATE TABLE t (i int)")
+
+    def asked() -> int:
+        log = (env.repo_dir / "pageserver.log").read_text()
+        return log.count(f"GET /v1/tenant/{pg.tenant_id.hex}/timeline/")
+
+    env.pageserver.safe_psql("failpoints walreceiver-after-ingest=pause")
+    with contextlib.closing(pg.connect()) as connection, connection.cursor() as cursor:
+        cursor.execute("SET synchronous_commit = off")
+        cursor.execute("INSERT INTO t SELECT generate_series(1, 20000)")
+        cursor.execute("SELECT pg_current_wal_insert_lsn()::text")
+        written = cursor.fetchone()[0]
+        sent = f"SELECT bool_and(sent_lsn >= '{written}') FROM pg_stat_replication"
+        wait_until(lambda: pg.safe_psql(sent) == [(True,)], what="all to be sent")
+        pg.kill()
+    before = asked()
+    with ThreadPoolExecutor() as pool:
+        started = pool.submit(pg.start)
+        wait_until(lambda: started.done() or asked() >= before + 3, what="questions how far it is")
+        env.pageserver.safe_psql("failpoints walreceiver-after-ingest=off")
+        started.result()
+    # Nobody was promised these.
+    ((kept,),) = pg.safe_psql("SELECT count(*) FROM t")
+    assert kept in (0, 20000)
+    pg.safe_psql("INSERT INTO t VALUES (0)")
+    pg.kill()
+    pg.start()
+    assert pg.safe_psql("SELECT count(*) FROM t") == [(kept + 1,)]
 
 
 @pytest.mark.parametrize(
