@@ -18,6 +18,9 @@ from zenith_utils.durable import is_temp_file, write_file_durably
 
 log = logging.getLogger(__name__)
 
+SPEC_FILE = "spec.json"
+"""The node's specification, written by the command that starts it."""
+
 _LOCK = "supervisor.lock"
 _STATE = "state.json"
 _LEASE = "lease"
@@ -117,7 +120,8 @@ def lease_id(state_dir: Path) -> str:
 def remove_temp_files(state_dir: Path) -> None:
     """Remove what interrupted writes left behind. Only for the holder of the lock."""
     for path in state_dir.iterdir():
-        if is_temp_file(path):
+        # A command that does not know of us yet may be writing another specification.
+        if is_temp_file(path) and not path.name.startswith(SPEC_FILE):
             path.unlink()
 
 

@@ -121,7 +121,7 @@ class Compute:
         if auth.needs_token(self.env):
             environment[AUTH_TOKEN_VARIABLE] = auth.tenant_token(self.env, self.tenant_id)
         _make_directory(self.state_dir)
-        spec_path = self.state_dir / "spec.json"
+        spec_path = self.state_dir / state.SPEC_FILE
         write_file_durably(spec_path, self._spec().to_json().encode(), sync=False, mode=0o644)
         read_fd, write_fd = os.pipe()
         with os.fdopen(read_fd, "rb") as status, (self.state_dir / "compute.log").open("ab") as log:
@@ -255,7 +255,7 @@ def stop_supervisor(name: str, state_dir: Path, say: Say, *, immediate: bool) ->
         pid, role = said.supervisor_pid, "being destroyed"
     say("waiting for server to shut down....")
     try:
-        timeout = ComputeSpec.load(state_dir / "spec.json").stop_timeout
+        timeout = ComputeSpec.load(state_dir / state.SPEC_FILE).stop_timeout
     except SpecError:
         timeout = STOP_TIMEOUT
     deadline = time.monotonic() + timeout + _STOP_GRACE

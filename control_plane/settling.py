@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 
+from compute_tools import state
 from compute_tools.spec import ComputeSpec, SpecError
 from control_plane import membership, node_safekeepers
 from control_plane.compute import ComputeControlPlane, Say
@@ -53,7 +54,7 @@ def _with_compute(env: LocalEnv) -> set[str]:
     busy = set()
     for _, state_dir in ComputeControlPlane(env).living():
         try:
-            spec = ComputeSpec.load(state_dir / "spec.json")
+            spec = ComputeSpec.load(state_dir / state.SPEC_FILE)
         except SpecError:
             continue
         if not spec.read_only:

@@ -178,8 +178,10 @@ def test_state_on_a_full_disk(tmp_path: Path) -> None:
     state.write(tmp_path / "no such directory", Phase.RUNNING)
     (tmp_path / "state.json.1234.___temp").touch()
     (tmp_path / "mine").touch()
+    # Another command may be about to start the node, too.
+    (tmp_path / "spec.json.5678.___temp").touch()
     state.remove_temp_files(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "spec.json.5678.___temp"]
 
 
 def test_periodic_survives_failures() -> None:
