@@ -35,10 +35,12 @@ _CHECK_TIMEOUT: Final = 2.0
 # Checks that find nobody with the WAL before the standby is given up. Between them Postgres has
 # tried itself (wal_retrieve_retry_interval), perhaps in the segment after, and got nothing.
 _MISSES: Final = 2
-# Where replay stands if Postgres has found no more WAL anywhere and pauses before it tries again.
+# Where the standby's WAL ends if nobody sends it more. A walreceiver shows itself from when it is
+# connected until it ends, so between two attempts that bring nothing there is none to be seen,
+# however long each of them takes.
 _WAITS: Final = (
-    "SELECT pg_last_wal_replay_lsn() FROM pg_stat_activity "
-    "WHERE backend_type = 'startup' AND wait_event = 'RecoveryRetrieveRetryInterval'"
+    "SELECT greatest(pg_last_wal_replay_lsn(), pg_last_wal_receive_lsn()) "
+    "WHERE NOT EXISTS (SELECT FROM pg_stat_wal_receiver)"
 )
 
 Address = tuple[str, int]
