@@ -93,6 +93,10 @@ class WalStream:
         self._send_status()
         reply = False
         while not stopping():
+            if reply and not conn.has_buffered_input():
+                # Before the compute is asked who waits: it may be all that they wait for.
+                self._send_status()
+                reply = False
             reply |= self._serve_waiters()
             if not conn.has_buffered_input():
                 if reply:
