@@ -150,7 +150,8 @@ class Failpoint:
 
     def hit(self) -> None:
         """Do what is set. Raises FailpointError, FailpointPanic."""
-        term = self.choose()
+        with self._changed:
+            terms, term = self._terms, self._choose(random.random)
         if term is None or term.action is Action.OFF:
             return
         text = term.argument
@@ -167,16 +168,14 @@ class Failpoint:
             while time.monotonic() < end and not self._released:
                 pass
         else:
-            self._wait(term.seconds if term.action is Action.SLEEP else None)
+            self._wait(terms, term.seconds if term.action is Action.SLEEP else None)
 
-    def _wait(self, seconds: float | None) -> None:
+    def _wait(self, terms: tuple[Term, ...], seconds: float | None) -> None:
+        """Until something other than `terms` is set, for `seconds` at most (None: for ever)."""
         with self._changed:
-            if seconds is not None:
-                self._changed.wait_for(lambda: self._released, seconds)
-                return
-            log.info("failpoint %s pauses", self.name)
-            terms = self._terms
-            self._changed.wait_for(lambda: self._released or self._terms is not terms)
+            if seconds is None:
+                log.info("failpoint %s pauses", self.name)
+            self._changed.wait_for(lambda: self._released or self._terms is not terms, seconds)
 
 
 def configure(points: Mapping[str, Failpoint], text: str) -> None:
