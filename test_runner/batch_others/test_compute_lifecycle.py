@@ -96,20 +96,20 @@ def test_stop_while_starting(zenith_env_builder: ZenithEnvBuilder) -> None:
 
     stopped = start()
     assert "server stopped (it was stopped while starting)" in env.zenith_cli.pg_stop(name).stdout
-    out, err = stopped.communicate(timeout=10)
+    out, err = stopped.communicate(timeout=60)
     assert stopped.returncode == 1
     assert "stopped while starting" in err
     assert pg.status() == "stopped"
 
     interrupted = start()
     interrupted.send_signal(signal.SIGINT)
-    out, err = interrupted.communicate(timeout=10)
+    out, err = interrupted.communicate(timeout=60)
     assert interrupted.returncode == 130, (out, err)
     assert pg.status() == "stopped"
 
     destroyed = start()
     env.zenith_cli.pg_stop(name, destroy=True)
-    assert destroyed.wait(10) == 1
+    assert destroyed.wait(60) == 1
     destroyed.communicate()
     assert not Path(pg.pg_data_dir_path()).exists()
     assert not pg.state_dir().exists()
@@ -134,7 +134,7 @@ def test_teardown_while_starting(zenith_env_builder: ZenithEnvBuilder) -> None:
     env.postgres.stop_all_immediately()
     assert not pg.supervisor_pids()
     assert pg.status() == "stopped"
-    _, err = start.communicate(timeout=10)
+    _, err = start.communicate(timeout=60)
     assert start.returncode == 1
     assert "stopped while starting" in err
 
@@ -258,7 +258,7 @@ def reload_until(pg: Postgres, name: str, value: str) -> None:
         pg.safe_psql("SELECT pg_reload_conf()")
         return bool(pg.safe_psql(f"SHOW {name}") == [(value,)])
 
-    wait_until(shows, timeout=10, what=f"{name} to be {value}")
+    wait_until(shows, what=f"{name} to be {value}")
 
 
 def test_parallel_commands(zenith_env_builder: ZenithEnvBuilder) -> None:

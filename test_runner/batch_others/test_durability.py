@@ -27,8 +27,11 @@ def lose_quorum(env: ZenithEnv) -> list[Safekeeper]:
 class BackgroundStatement:
     """A statement running in a thread, and how it ended."""
 
-    def __init__(self, pg: Postgres, statement: str) -> None:
+    def __init__(self, pg: Postgres, statement: str, settings: str = "") -> None:
+        """Start `statement` once `settings`, a statement of its own, was executed."""
         self.connection: Any = pg.connect()
+        if settings:
+            self.connection.cursor().execute(settings)
         self.pid = self.connection.info.backend_pid
         self.outcome: str | None = None
         self._statement = statement
@@ -109,26 +112,36 @@ def test_statement_timeout_of_commit(zenith_env_builder: ZenithEnvBuilder) -> No
     """A statement timeout that strikes in the commit's wait acknowledges nothing either.
 
     A timeout is how most applications bound a query: it must not turn into an acknowledgement
-    of what could still be lost.
+    of what could still be lost. It strikes where the commit is part of a statement; at the end of
+    one it counts no more.
     """
     zenith_env_builder.num_safekeepers = 3
     env = zenith_env_builder.init_start()
     pg = env.postgres.create_start("main")
-    pg.safe_psql("CREATE TABLE t (i int)")
+    pg.safe_psql("CREATE TABLE t (i int); CREATE TABLE u (i int)")
     lost = lose_quorum(env)
-    statement = BackgroundStatement(pg, "SET statement_timeout = '300ms'; INSERT INTO t VALUES (1)")
-    wait_until(
-        lambda: (
-            pg.safe_psql(
-                "SELECT now() - query_start > '1 s' FROM pg_stat_activity "
-                f"WHERE pid = {statement.pid}"
-            )
-            == [(True,)]
-        ),
-        what="the timeout to have passed",
+    settings = "SET statement_timeout = '2s'"
+    inside = BackgroundStatement(
+        pg, "DO $$ BEGIN INSERT INTO u VALUES (1); COMMIT; PERFORM 1; END $$", settings
     )
-    assert statement.outcome is None
+    statement = BackgroundStatement(pg, "INSERT INTO t VALUES (1)", settings)
+    for one in (inside, statement):
+        wait_until(
+            lambda one=one: (  # type: ignore[misc]
+                waits_for_quorum(pg, one.pid)
+                and pg.safe_psql(
+                    "SELECT now() - query_start > '3 s' FROM pg_stat_activity "
+                    f"WHERE pid = {one.pid}"
+                )
+                == [(True,)]
+            ),
+            what="the timeout to have passed",
+        )
+    assert inside.outcome is statement.outcome is None
     assert_durable_with_quorum(pg, statement, lost)
+    # The rest of what the other was part of is not executed.
+    assert "statement timeout" in inside.wait()
+    assert pg.safe_psql("SELECT i FROM u") == [(1,)]
 
 
 def test_stop_without_quorum(zenith_env_builder: ZenithEnvBuilder) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import psycopg2
 import pytest
 from fixtures.log_helper import log
+from fixtures.nemesis import start_patiently
 from fixtures.page_verifier import verify_pages
 from fixtures.pg_protocol import PgBin
 from fixtures.postgres import Postgres
@@ -129,10 +130,10 @@ def test_kill_everything_in_turn(
         time.sleep(pause)  # the load itself, not a wait for anything
         env.safekeepers[1].kill()
         time.sleep(pause / 2)
-        env.safekeepers[1].start()
+        start_patiently(env.safekeepers[1].start)
         env.pageserver.kill()
         time.sleep(pause / 2)
-        env.pageserver.start()
+        start_patiently(env.pageserver.start)
         time.sleep(pause)
         pg.kill()
         pg.start()

@@ -74,7 +74,7 @@ def test_every_kind_of_commit_waits_and_is_there(node: tuple[ZenithEnv, Postgres
         f"SET synchronous_commit = local; {INSERT}",
         f"BEGIN; SET LOCAL synchronous_commit = local; {INSERT}; COMMIT",
         f"SET log_min_messages = panic; SET client_min_messages = error; {INSERT}",
-        f"SET statement_timeout = '500ms'; {INSERT}",
+        f"BEGIN; {INSERT}; SET LOCAL statement_timeout = '500ms'; COMMIT",
         f"DO $$ BEGIN {INSERT}; END $$",
         f"BEGIN; {INSERT}; PREPARE TRANSACTION 'p0'",
         "COMMIT PREPARED 'p1'",

@@ -6,7 +6,7 @@ import uuid
 
 import psycopg2
 import pytest
-from fixtures.storage import FLUSH_LSN, Branch
+from fixtures.storage import Branch
 from fixtures.utils import lsn_from_hex, lsn_to_hex
 from fixtures.zenith_env import ZenithEnv, ZenithEnvBuilder
 
@@ -44,10 +44,10 @@ def test_bounds(zenith_env_builder: ZenithEnvBuilder) -> None:
     storage = Branch.of(main)
     begin = first_lsn(env, storage.timeline)
     main.safe_psql("CREATE TABLE t AS SELECT generate_series(1, 1000) AS i")
-    middle: str = main.safe_psql(FLUSH_LSN)[0][0]
+    middle = storage.wait_for(main)
     env.zenith_cli.create_branch("branch", "main", ancestor_start_lsn=middle)
     main.safe_psql("INSERT INTO t SELECT generate_series(1001, 1500)")
-    newest: str = main.safe_psql(FLUSH_LSN)[0][0]
+    newest = storage.wait_for(main)
 
     node = env.postgres.create_start("main", node_name="first", lsn=begin)
     assert node.safe_psql("SELECT count(*) FROM pg_tables WHERE tablename = 't'") == [(0,)]

@@ -329,6 +329,8 @@ def test_damage_is_repaired_from_peers(env: ZenithEnv) -> None:
     first, second = env.safekeepers[0], env.safekeepers[1]
     begin = status(first, timeline)["acceptor_state"]["term_history"][0]["lsn"]
     segment = min(timeline_dir(first, timeline).glob("0000*"))
+    # Behind what it knows to be committed, damage may be taken for a torn write.
+    Timeline(first, *map(uuid.UUID, timeline)).wait_committed(begin + 8192)
     first.kill()
     flip(segment, begin % SEGMENT_SIZE + 4096)
     first.start()

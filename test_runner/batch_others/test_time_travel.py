@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import psycopg2
 import pytest
+from fixtures.page_verifier import wait_for_shutdown_checkpoint
 from fixtures.postgres import Postgres
 from fixtures.utils import lsn_from_hex, wait_until
 from fixtures.zenith_env import ZenithEnvBuilder
@@ -109,8 +110,10 @@ def test_lookup(zenith_env_builder: ZenithEnvBuilder) -> None:
     child = env.postgres.create_start("child")
     child.safe_psql("CREATE TABLE c ()")
     times.append(moment(child))
-    main.stop()
-    child.stop()
+    for node, name in ((main, "main"), (child, "child")):
+        node.stop()
+        # The newest state moves on with all WAL that arrives.
+        wait_for_shutdown_checkpoint(node, timelines[name])
 
     def answers() -> list[dict[str, str | None]]:
         asked = [ask(branch, time) for branch in ("main", "child") for time in times]

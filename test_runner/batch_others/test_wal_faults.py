@@ -315,6 +315,10 @@ class BitFlipper:
             return data.replace(self.marker, self.damaged)
         return data
 
+    def insert(self) -> str:
+        """A row with it, several times: a page of WAL or a chunk may end inside one."""
+        return f"INSERT INTO damaged VALUES (repeat('{self.marker.decode()}', 3))"
+
     def watch(self, proxies: list[TcpProxy]) -> None:
         """Damage what goes through these."""
         for proxy in proxies:
@@ -334,7 +338,7 @@ def test_flipped_bits_on_the_way(zenith_env_builder: ZenithEnvBuilder) -> None:
         pg.safe_psql("CREATE TABLE damaged (t text)")
         # The way to one of them: the quorum has it, the third gets it when the way is good again.
         flipper.watch(proxies[:1])
-        pg.safe_psql(f"INSERT INTO damaged VALUES ('{flipper.marker.decode()}')")
+        pg.safe_psql(flipper.insert())
         wait_until(lambda: flipper.flipped >= 2, what="a second attempt to send the record")
         lsn = flush_lsn(pg)
         assert timelines(pg)[0].flush_lsn < lsn
@@ -346,7 +350,7 @@ def test_flipped_bits_on_the_way(zenith_env_builder: ZenithEnvBuilder) -> None:
         flipper.watch(proxies[:2])
         with contextlib.closing(pg.connect()) as connection, connection.cursor() as cursor:
             cursor.execute("SET synchronous_commit = off")
-            cursor.execute(f"INSERT INTO damaged VALUES ('{flipper.marker.decode()}')")
+            cursor.execute(flipper.insert())
             # It is flushed later.
             cursor.execute("SELECT pg_current_wal_insert_lsn()::text")
             lsn = lsn_from_hex(cursor.fetchone()[0])

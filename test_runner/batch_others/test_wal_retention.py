@@ -254,7 +254,7 @@ def put_back(env: ZenithEnv, copy: Path) -> None:
     """Kill the pageserver, and start it with the data of a copy."""
     env.pageserver.kill()
     shutil.rmtree(env.repo_dir / "tenants")
-    copy.rename(env.repo_dir / "tenants")
+    shutil.move(copy, env.repo_dir / "tenants")
     env.pageserver.start()
 
 
@@ -447,7 +447,9 @@ def test_hot_standby_whose_wal_is_gone(zenith_env_builder: ZenithEnvBuilder) -> 
         safekeeper.kill()
         safekeeper.start()
         remove_wal()
-    standby.wait_crashed()
+    # Its supervisor looks twice, some seconds apart, when Postgres is not just trying.
+    wait_until(lambda: standby.status() == "crashed", timeout=120, what="the standby to end")
+    standby.running = False
     said = env.zenith_cli.raw_cli(["pg", "list"]).stderr
     assert "replica: the WAL at " in said
     assert "has been removed from the safekeepers" in said

@@ -7,7 +7,6 @@ import io
 import os
 import shutil
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from typing import Any
 
 import psycopg2
 import requests
+from fixtures.ports import free_port
 
 from pageserver.initdb_template import template_cluster
 from postgres_ffi.distrib import PgDistrib
@@ -34,12 +34,6 @@ from zenith_utils.pq_client import PqConnection, connect
 REPOSITORY = Path(__file__).resolve().parents[2]
 BLOCKS_PER_SEGMENT = 131072
 DEADLINE = 30.0
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def wait_until(condition: Callable[[], Any], what: str, deadline: float = DEADLINE) -> Any:

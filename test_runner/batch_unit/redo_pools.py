@@ -98,7 +98,7 @@ def echo(n: int) -> RedoRequest:
 
 def processes(pool: WalRedoPool) -> list[int]:
     """Their ids."""
-    return sorted(process.pid for process in pool._live)
+    return sorted(process.pid for process in pool._live.copy())
 
 
 def in_flight(pool: WalRedoPool) -> int:

@@ -104,7 +104,7 @@ def every_key(timeline: Timeline) -> Callable[[int], list[tuple[bytes, bytes]]]:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline, "timed out"
         time.sleep(0.001)
@@ -120,7 +120,7 @@ def running(*targets: Callable[[], object]) -> Iterator[list[threading.Thread]]:
         yield threads
     finally:
         for thread in threads:
-            thread.join(20)
+            thread.join(120)
             assert not thread.is_alive()
 
 

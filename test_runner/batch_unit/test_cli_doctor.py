@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from batch_unit.cli_support import IDS, TENANT, Run, make_env, run
 from batch_unit.cli_support import zenith as process
+from fixtures.ports import free_port
 
 from control_plane import environment_checks
 from control_plane.addresses import listen_error
@@ -28,14 +29,6 @@ from postgres_ffi.distrib import find_distrib
 from zenith_utils.ids import TimelineId
 from zenith_utils.os_user import popen_kwargs
 from zenith_utils.pid_file import PidFile
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 @pytest.fixture
@@ -55,7 +48,8 @@ def env(repo: Path, monkeypatch: pytest.MonkeyPatch) -> LocalEnv:
     distrib = find_distrib().bin_dir.parent
     env = make_env(repo, monkeypatch, safekeepers=1, distrib=str(distrib))
     env.zenith_distrib_dir = default_zenith_distrib_dir()
-    pg, http, env.safekeepers[0].pg_port, env.safekeepers[0].http_port = free_ports(4)
+    pg, http = free_port(), free_port()
+    env.safekeepers[0].pg_port, env.safekeepers[0].http_port = free_port(), free_port()
     env.pageserver.listen_pg_addr = f"127.0.0.1:{pg}"
     env.pageserver.listen_http_addr = f"127.0.0.1:{http}"
     env.save()

@@ -199,10 +199,6 @@ variable("QueryCancelPending").value = 1
 expect(125, os.pread, fd, BLOCK, 0)
 for held in ("CritSectionCount", "InterruptHoldoffCount"):
     variable(held).value = 1
-    def release(*_):
-        variable(held).value = 0
-    signal.signal(signal.SIGALRM, release)
-    signal.setitimer(signal.ITIMER_REAL, 0.2)
     child = os.fork()
     if child == 0:
         # Goes on trying while interrupts are held off: only the alarm ends it.

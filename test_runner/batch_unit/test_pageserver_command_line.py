@@ -260,8 +260,13 @@ def root() -> Iterator[Root]:
 
 def is_read(sock: socket.socket) -> bool:
     """Whether the other end of a connection has read all that was sent, as the kernel sees it."""
-    ends = [f"0100007F:{port:04X}" for _, port in (sock.getpeername(), sock.getsockname())]
-    return f"{' '.join(ends)} 01 00000000:00000000 " in Path("/proc/net/tcp").read_text()
+    theirs, ours = (f"0100007F:{port:04X}" for _, port in (sock.getpeername(), sock.getsockname()))
+    table = Path("/proc/net/tcp")
+    # First: nothing is on its way any more.
+    return (
+        f"{ours} {theirs} 01 00000000:" in table.read_text()
+        and f"{theirs} {ours} 01 00000000:00000000 " in table.read_text()
+    )
 
 
 def test_second_signal_ends_it_at_once(root: Root) -> None:

@@ -128,7 +128,7 @@ def site(running_site: Site) -> Iterator[Site]:
 def test_ingestion_is_slowed_down_record_by_record(site: Site) -> None:
     """The classic of backpressure tests: each record takes its time and is visible at once."""
     site.wait_for(site.write())
-    site.set(f"{INGEST}=sleep(20)")
+    site.set(f"{INGEST}=sleep(200)")
     end = site.write()
     seen: set[Lsn] = set()
     while len(seen) < 10:
@@ -164,14 +164,18 @@ def test_checkpoint_fails_as_told_and_succeeds_afterwards(site: Site) -> None:
     # From here on nothing that was not under way becomes durable.
     site.set(f"{METADATA}=return(no room)")
     site.wait_for(site.write())
+    # One that was under way has ended when this one fails.
+    with pytest.raises(PqError, match="no room"):
+        site.root.server.query(f"checkpoint {site.names}")
     before = site.durable()
     with pytest.raises(PqError, match="no room"):
         site.root.server.query(f"checkpoint {site.names}")
     assert site.durable() == before
     pages = site.pages()
     site.set(f"{METADATA}=off")
+    end = site.last()
     site.root.server.query(f"checkpoint {site.names}")
-    assert site.durable() >= site.last() - 8
+    assert site.durable() >= end - 8
     assert site.pages() == pages
 
 
@@ -233,7 +237,8 @@ def test_stop_lets_go_who_pauses(site: Site) -> None:
     assert site.root.server.stop(signal.SIGTERM) == 0
     waiting.join()
     site.root.server.start()
-    assert site.last() == end
+    # Its Postgres writes a record of its own now and then.
+    assert site.last() >= end
 
 
 # ---- the steps of ingestion

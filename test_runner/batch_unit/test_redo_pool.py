@@ -111,11 +111,11 @@ def test_a_process_that_a_background_thread_asked_for_is_not_nice(make_pool: Mak
 
 
 def test_a_request_that_times_out(make_pool: MakePool) -> None:
-    pool = make_pool(max_processes=1, timeout=0.5)
+    pool = make_pool(max_processes=1, timeout=2.0)  # it has to start within it
     pool.redo([echo(0)])
     os.kill(processes(pool)[0], signal.SIGSTOP)
     first, second = pool.redo_each([echo(7), echo(8)])
-    assert "page 7 of relation 1663/5/16384 fork 0 timed out after 0.5 s" in str(first)
+    assert "page 7 of relation 1663/5/16384 fork 0 timed out after 2 s" in str(first)
     assert isinstance(first, WalRedoError)
     assert second == page(8)
     assert pool.processes_started == 2

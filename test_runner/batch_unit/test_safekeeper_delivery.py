@@ -339,6 +339,7 @@ def test_stream_lasts_until_wal_is_durable(
         conn.start_copy_both(f"START_REPLICATION PHYSICAL {START >> 32:X}/{START:X}")
         report(conn, end, end - 8)
         # It is told that nobody writes, and called again when it is lost.
+        wait_until(lambda: next_keepalive(conn) == 3, "word that nobody writes")
         assert [next_keepalive(conn) for _ in range(3)] == [3, 3, 3]
         assert metric(safekeeper, "pageserver_streams") == 1
     wait_until(lambda: len(pageserver.calls) >= 2, "calls after the stream")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from batch_unit.safekeeper_support import WalWriter
+from fixtures.utils import wait_until
 
 from postgres_ffi.wal_format import WAL_SEGMENT_SIZE
 from safekeeper.wal_files import SegmentReader, segment_path
@@ -200,6 +201,8 @@ def test_reader_beside_the_writer(tmp_path: Path, helper: ThreadPoolExecutor) ->
         reader.start()
     at = START
     while at < wal.lsn:
+        if at + 100_000 >= wal.lsn:  # with the last piece the readers end
+            wait_until(lambda: all(got), what="both readers to have read")
         data = wal.data[at - START : at - START + 100_000]
         storage.write(at, memoryview(data))
         at += len(data)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import requests
 from batch_unit.test_safekeeper_service import run
-from batch_unit.walproposer_support import Safekeeper, WalCluster, wal_cluster
+from batch_unit.walproposer_support import Safekeeper, WalCluster, wait_until, wal_cluster
 from batch_unit.workspace import temporary_workspace
 
 from zenith_utils.lsn import Lsn
@@ -118,10 +118,18 @@ def test_peers_are_kept(safekeeper: Safekeeper) -> None:
 
 def test_metrics(cluster: WalCluster, safekeeper: Safekeeper) -> None:
     labels = f'tenant_id="{cluster.tenant}",timeline_id="{cluster.timeline}"'
+
+    def flush_lsn(page: str) -> int:
+        found = re.search(rf"^safekeeper_flush_lsn{{{labels}}} ([0-9]+)$", page, re.MULTILINE)
+        assert found is not None
+        return int(found[1])
+
+    # Postgres writes WAL now and then by itself.
+    wait_until(
+        lambda: flush_lsn(safekeeper.metrics()) == cluster.flush_lsn(safekeeper),
+        "the same LSN by both ways",
+    )
     text = safekeeper.metrics()
-    flush = re.search(rf"^safekeeper_flush_lsn{{{labels}}} ([0-9]+)$", text, re.MULTILINE)
-    assert flush is not None
-    assert int(flush[1]) == cluster.flush_lsn(safekeeper)
     assert re.search(rf"^safekeeper_commit_lsn{{{labels}}} ([0-9]+)$", text, re.MULTILINE)
     for name in ("write_wal_bytes", "write_wal_seconds", "flush_wal_seconds"):
         count = histogram(text, f"safekeeper_{name}", labels)

@@ -119,6 +119,8 @@ def test_checkpoint_distance_and_back_pressure(tmp_path: Path) -> None:
     assert len(reached) == 20
     wait_until(lambda: timeline.disk_consistent_lsn == timeline.last_record_lsn)
     assert timeline.get(key(24), 176) == b"x"
+    # The old list of layers goes after the LSN is told: this waits for whoever flushes.
+    timeline.flush()
     assert len(files(timeline)) == 3 + 5
     repository.shutdown(flush=True)
 

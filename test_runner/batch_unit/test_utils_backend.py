@@ -346,7 +346,7 @@ def test_handler_refuses_at_startup(echo: Running) -> None:
 
 
 def test_slow_startup_is_cut_off() -> None:
-    running = Running(startup_timeout=0.2)
+    running = Running(startup_timeout=2.0)
     try:
         with running.client() as conn, running.raw() as slow:
             slow.sendall(b"\0")
@@ -659,7 +659,7 @@ def test_stop_wakes_everybody() -> None:
     flooded.start_copy_both("flood")
     before = {thread.name for thread in threading.enumerate()}
     assert {"echo", "echo-0", "echo-1", "echo-2"} <= before
-    running.server.stop(0.2)  # the flooded client never reads: cut off after the deadline
+    running.server.stop(2)  # the flooded client never reads: cut off after the deadline
     assert not [t for t in threading.enumerate() if t.name.startswith("echo")]
     with pytest.raises(PqError, match="administrator command"):
         idle.simple_query("row x")

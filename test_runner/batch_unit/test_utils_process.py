@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import requests
+from fixtures.ports import free_port
 
 from zenith_utils import os_user, pid_file
 from zenith_utils.daemonize import AddressError, BindError, bind_listener, parse_address
@@ -93,12 +94,6 @@ def start_daemon(work: Path, port: int, *more: str) -> subprocess.CompletedProce
         text=True,
         timeout=20,
     )
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port: int = sock.getsockname()[1]
-        return port
 
 
 def test_daemon_lives_and_stops(tmp_path: Path) -> None:

@@ -142,11 +142,17 @@ def test_quorum(cluster: WalCluster) -> None:
     assert postgres.stop() == 0
     finished = proposer.event("finished")
     assert finished["clean"]
-    assert proposer.kill() == 0
+    assert proposer.process is not None
+    assert proposer.process.wait(DEADLINE) == 0
     end = Lsn.parse(finished["commit_lsn"])
     assert end > postgres.checkpoint_lsn() > start
     ours = wal_of_directory(postgres.pgdata / "pg_wal", start, end)
     for safekeeper in cluster.safekeepers:
+        # The last word to one that is slow is not waited for.
+        wait_until(
+            lambda s=safekeeper: cluster.status(s)["commit_lsn"] == str(end),  # type: ignore[misc]
+            f"safekeeper {safekeeper.id} to know the end",
+        )
         status = cluster.status(safekeeper)
         assert status["commit_lsn"] == status["flush_lsn"] == str(end)
         assert stored_wal(cluster, safekeeper, start, end) == ours
@@ -166,7 +172,7 @@ def test_quorum(cluster: WalCluster) -> None:
     assert elected == {
         "event": "elected", "term": 2, "epoch_start_lsn": str(end), "bootstrap": False,
     }  # fmt: skip
-    assert cluster.status(two)["acceptor_state"]["term"] == 2
+    wait_until(lambda: cluster.status(two)["acceptor_state"]["term"] == 2, "the vote of each")
 
 
 def check_with_waldump(
@@ -199,8 +205,15 @@ def test_an_old_compute_is_fenced(cluster: WalCluster) -> None:
     assert proposer.process is not None
     assert proposer.process.wait(DEADLINE) == DEFEATED
     commit.wait_until_blocked()
-    # What the old compute still writes reaches nobody.
-    assert cluster.flush_lsn(cluster.safekeepers[0]) == Lsn.parse(elected["epoch_start_lsn"])
+    # What the old compute still writes reaches nobody; who hears of the successor last cuts it off.
+    first, epoch_start = cluster.safekeepers[0], Lsn.parse(elected["epoch_start_lsn"])
+
+    def newest_term() -> int:
+        history = cluster.status(first)["acceptor_state"]["term_history"]
+        return int(history[-1]["term"])
+
+    wait_until(lambda: newest_term() == 2, "safekeeper 1 to follow the successor")
+    wait_until(lambda: cluster.flush_lsn(first) == epoch_start, "its log to end there")
 
 
 def test_a_killed_proposer_is_followed_by_another(cluster: WalCluster) -> None:
@@ -209,7 +222,9 @@ def test_a_killed_proposer_is_followed_by_another(cluster: WalCluster) -> None:
     postgres.sql("create table t (a int)")
     three.kill()
     postgres.sql("insert into t select generate_series(1, 20000)")
-    committed = current_lsn(postgres)
+    # Not what Postgres has flushed: it writes records of its own.
+    acknowledged = "select flush_lsn::text from pg_stat_replication where sync_state = 'sync'"
+    committed = Lsn.parse(postgres.sql(acknowledged)[0][0])
     proposer.kill()
     # The one that has everything and the one that lags are the quorum now: the laggard is
     # brought up before a compute may start.

@@ -149,9 +149,10 @@ def test_cancelled_commit_goes_on_waiting(primary: Primary, log_level: str) -> N
 def test_statement_timeout_in_commit_wait(primary: Primary) -> None:
     with contextlib.closing(primary.postgres.connect()) as connection:
         with connection.cursor() as cursor:
-            cursor.execute("SET statement_timeout = 50")
+            cursor.execute("SET statement_timeout = '2s'")
         statement = Statement(connection, "INSERT INTO t VALUES (1)")
-        assert not statement.finished.wait(0.5), "the commit stopped waiting"
+        primary.wait_in_commit(statement)
+        assert not statement.finished.wait(3), "the commit stopped waiting"
         primary.connect_standby()
         assert statement.join() is None
         assert connection.notices == []

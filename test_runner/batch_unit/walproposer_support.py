@@ -7,7 +7,6 @@ import json
 import os
 import select
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any
 
 import psycopg2
 import requests
+from fixtures.ports import free_port
 
 from postgres_ffi.distrib import find_distrib
 from zenith_utils.ids import TenantId, TimelineId
@@ -38,15 +38,6 @@ def wait_until(condition: Callable[[], Any], what: str, timeout: float = DEADLIN
             return value
         assert time.monotonic() < end, f"timed out waiting for {what}"
         time.sleep(0.01)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that were free a moment ago."""
-    with contextlib.ExitStack() as stack:
-        socks = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for sock in socks:
-            sock.bind(("127.0.0.1", 0))
-        return [int(sock.getsockname()[1]) for sock in socks]
 
 
 class Process:
@@ -73,7 +64,7 @@ class Safekeeper(Process):
         self.directory = directory
         self.id = node_id
         self.sync = sync
-        self.pg_port, self.http_port = free_ports(2)
+        self.pg_port, self.http_port = free_port(), free_port()
         directory.mkdir()
 
     @property
@@ -101,7 +92,7 @@ class Safekeeper(Process):
         assert self.process.poll() is None, (self.directory / "out.log").read_text()
         try:
             return bool(self.http("v1/status")["id"] == self.id)
-        except requests.ConnectionError:
+        except (requests.ConnectionError, requests.Timeout):
             return False
 
     def http(self, path: str) -> Any:
@@ -124,7 +115,7 @@ class Postgres(Process):
         self.directory = directory
         self.pgdata = directory / "data"
         self.distrib = find_distrib()
-        self.port = free_ports(1)[0]
+        self.port = free_port()
         subprocess.run(
             [
                 *(self.distrib.bin_dir / "initdb", "-D", self.pgdata, "-U", SUPERUSER),
