@@ -3,7 +3,8 @@
 Behind the written end a segment holds zeros, and a disk writes a 512-byte sector wholly or not at
 all. So a write that the crash cut short leaves records some sector of which still ends in zeros.
 An invalid record without such a sector was whole once and has been damaged since: it may have
-been acknowledged, and dropping it silently would break the promise, so that is an error.
+been acknowledged, and dropping it silently would break the promise, so that is an error. So is an
+invalid page header, which lies in one sector, unless the write ended within it.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from postgres_ffi.wal_decoder import WalDecodeError, WalDecoder
 from postgres_ffi.wal_format import (
     MAX_RECORD_LENGTH,
     SIZE_OF_RECORD_HEADER,
+    WAL_BLCKSZ,
     WAL_SEGMENT_SIZE,
     end_of_bytes,
     normalize_lsn,
+    page_header_size,
 )
 from safekeeper.verify_wal import last_record_end, wal_damaged
 from safekeeper.wal_files import (
@@ -33,6 +36,9 @@ from zenith_utils.lsn import lsn_text
 
 _SECTOR: Final = 512
 _LENGTH = struct.Struct("<I")
+# Fields of XLogPageHeaderData whose values are known: xlp_magic, xlp_pageaddr.
+_MAGIC = struct.Struct("<H")
+_PAGE_LSN = struct.Struct("<Q")
 
 
 def find_end_of_wal(directory: Path, start_lsn: int, magic: int) -> int:
@@ -70,7 +76,8 @@ def find_end_of_wal(directory: Path, start_lsn: int, magic: int) -> int:
         for _, data in reader.chunks(start_lsn):
             decoder.scan(data)
     except WalDecodeError as e:
-        _check_torn(directory, reader, e, complete_end, decoder.position)
+        if not _is_torn(reader, e, magic, complete_end):
+            raise wal_damaged(directory, e, decoder.position) from e
     except WalUnreadableError as e:
         raise WalDamagedError(str(e), decoder.position) from e
     finally:
@@ -89,18 +96,26 @@ def _complete_end(segments: dict[int, bool], first: int) -> int:
     return end
 
 
-def _check_torn(
-    directory: Path, reader: SegmentReader, error: WalDecodeError, complete_end: int, good_end: int
-) -> None:
-    """Return if invalid WAL is what an interrupted write leaves; raise WalDamagedError if not."""
+def _is_torn(reader: SegmentReader, error: WalDecodeError, magic: int, complete_end: int) -> bool:
+    """Whether invalid WAL is what an interrupted write leaves."""
+    if error.lsn % WAL_BLCKSZ == 0:  # where no record begins
+        sector = _read_span(reader, error.lsn, _SECTOR)
+        return error.lsn >= complete_end and _is_begun_header(error.lsn, sector, magic)
     data = _read_span(reader, error.lsn, SIZE_OF_RECORD_HEADER)
     size = SIZE_OF_RECORD_HEADER
     if "crc" in error.reason:
         size = _raw_size(error.lsn, data)
         data = _read_span(reader, error.lsn, size)
-    damaged = error.lsn + size <= complete_end or not _has_unwritten_sector(error.lsn, data)
-    if damaged:
-        raise wal_damaged(directory, error, good_end)
+    return error.lsn + size > complete_end and _has_unwritten_sector(error.lsn, data)
+
+
+def _is_begun_header(page_lsn: int, sector: bytes, magic: int) -> bool:
+    """Whether a page's first sector has the beginning of its header, or nothing, and no more."""
+    header = bytearray(sector[: page_header_size(page_lsn)])
+    _MAGIC.pack_into(header, 0, magic)
+    _PAGE_LSN.pack_into(header, 8, page_lsn)
+    written = sector.rstrip(b"\0")
+    return header.startswith(written)
 
 
 def _raw_size(lsn: int, header: bytes) -> int:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from batch_unit.safekeeper_support import WalWriter
 
-from postgres_ffi.wal_format import WAL_SEGMENT_SIZE, normalize_lsn
-from safekeeper.wal_files import SegmentReader, WalStorageError, segment_path
+from postgres_ffi.wal_format import WAL_BLCKSZ, WAL_SEGMENT_SIZE, normalize_lsn
+from safekeeper.wal_files import SegmentReader, WalDamagedError, WalStorageError, segment_path
 from safekeeper.wal_storage import InvalidWalError, WalStorage, wal_magic
 
 SEGMENT = 3
@@ -155,6 +155,56 @@ def test_flipped_bit_is_an_error(store: Storage, offset: int) -> None:
         file.write(bytes([byte ^ 4]))
     with pytest.raises(WalStorageError, match=rf"damaged WAL in {path} at offset \d+"):
         store.restart(START)
+
+
+@pytest.fixture
+def page_start(store: Storage) -> tuple[WalWriter, int, Path]:
+    """WAL in which a record ends where a page does, where that is, and the file."""
+    wal = WalWriter(START)
+    wal.until(START + 40_000)
+    if wal.lsn % WAL_BLCKSZ > WAL_BLCKSZ - 100:
+        wal.record(200)
+    wal.record(WAL_BLCKSZ - wal.lsn % WAL_BLCKSZ - 29)
+    page = wal.lsn
+    assert page % WAL_BLCKSZ == 0
+    wal.until(page + 20_000)
+    store.storage.truncate(START, MAGIC)
+    store.write(wal, START, wal.lsn)
+    return wal, page, segment_path(store.directory, SEGMENT, partial=True)
+
+
+def test_damaged_page_header_is_an_error(
+    store: Storage, page_start: tuple[WalWriter, int, Path]
+) -> None:
+    """Whichever bit it is, no record behind it is dropped without a word."""
+    wal, page, path = page_start
+    offset = page % WAL_SEGMENT_SIZE
+    good = path.read_bytes()
+    harmless = []
+    for bit in range(24 * 8):
+        bad = bytearray(good)
+        bad[offset + bit // 8] ^= 1 << bit % 8
+        path.write_bytes(bad)
+        try:
+            assert store.restart(START) == wal.lsn
+            harmless.append(bit)
+        except WalDamagedError:
+            pass
+    # Two flags that say nothing on such a page; the length of what is not there, and the padding.
+    assert harmless == [18, 19, *range(16 * 8, 24 * 8)]
+
+
+def test_page_header_that_was_begun_is_cut_off(
+    store: Storage, page_start: tuple[WalWriter, int, Path]
+) -> None:
+    """A piece of WAL may end anywhere, and be the last one before the crash."""
+    _, page, path = page_start
+    offset = page % WAL_SEGMENT_SIZE
+    good = path.read_bytes()
+    for written in range(25):
+        path.write_bytes(good[: offset + written] + bytes(len(good) - offset - written))
+        assert store.restart(START) == page
+        assert path.read_bytes()[offset:] == bytes(len(good) - offset)
 
 
 def test_damage_in_a_complete_segment_is_an_error(store: Storage) -> None:
