@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import psycopg2
 import pytest
 from fixtures.storage import FLUSH_LSN, Branch
-from fixtures.utils import lsn_from_hex, lsn_to_hex
+from fixtures.utils import lsn_from_hex, lsn_to_hex, wait_until
 from fixtures.zenith_env import ZenithEnvBuilder
 
 
@@ -73,8 +75,17 @@ def test_newest_state_has_what_was_acknowledged(zenith_env_builder: ZenithEnvBui
     env.pageserver.kill()
     main.safe_psql(insert)
     env.pageserver.start()
-    env.zenith_cli.create_branch("newest", "main")
-    assert env.postgres.create_start("newest").safe_psql("SELECT count(*) FROM t") == [(20000,)]
+    names = (f"newest{number}" for number in itertools.count())
+
+    def with_everything() -> str | None:
+        """A branch; None where it is said that something may be missing, as on a busy machine."""
+        name = next(names)
+        branched = env.zenith_cli.raw_cli(["timeline", "branch", "--branch-name", name])
+        return None if "the newest commits may be missing" in branched.stderr else name
+
+    newest = wait_until(with_everything, what="a branch with all that was acknowledged")
+    assert newest is not None
+    assert env.postgres.create_start(newest).safe_psql("SELECT count(*) FROM t") == [(20000,)]
 
     for safekeeper in env.safekeepers[:2]:
         safekeeper.stop()
@@ -154,7 +165,7 @@ def test_bad_lsns(zenith_env_builder: ZenithEnvBuilder) -> None:
     env = zenith_env_builder.init_start()
     main = env.postgres.create_start("main")
     main.safe_psql("CREATE TABLE t (i int)")
-    lsn = main.safe_psql(FLUSH_LSN)[0][0]
+    lsn = Branch.of(main).wait_for(main)
     env.zenith_cli.create_branch("child", "main", ancestor_start_lsn=lsn)
 
     def branch(ancestor: str, at: str) -> None:

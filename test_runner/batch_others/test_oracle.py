@@ -53,14 +53,15 @@ def test_oracle(zenith_env_builder: ZenithEnvBuilder, pg_bin: PgBin, test_output
 
     tenant, timeline = env.initial_tenant.hex, first.timeline
     client = env.safekeepers[0].http_client()
-    end = lsn_from_hex(client.timeline_status(tenant, timeline).flush_lsn)
     pageserver = env.pageserver.http_client()
 
-    def caught_up() -> bool:
+    def end_of_all() -> int:
+        """Where WAL ends; 0 while the two differ: its last piece may still be on its way."""
+        end = lsn_from_hex(client.timeline_status(tenant, timeline).flush_lsn)
         detail = pageserver.timeline_detail(env.initial_tenant, uuid.UUID(timeline))
-        return lsn_from_hex(detail["local"]["last_record_lsn"]) == end
+        return end if lsn_from_hex(detail["local"]["last_record_lsn"]) == end else 0
 
-    wait_until(caught_up, what="the pageserver to have all WAL of the safekeeper")
+    end = wait_until(end_of_all, what="the pageserver to have all WAL of the safekeeper")
     pg.start()
     dump = dump_all(pg, pg_bin)
     pg.stop()

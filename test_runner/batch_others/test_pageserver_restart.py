@@ -16,7 +16,7 @@ from fixtures.zenith_env import ZenithEnvBuilder
 
 ROWS = 30_000
 # A commit that waits for a pageserver which is never told of it waits for ever.
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 FILL = (
     "INSERT INTO foo SELECT 'long string to consume some space' || g FROM generate_series(%d, %d) g"
 )

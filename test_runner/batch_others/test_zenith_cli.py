@@ -150,7 +150,7 @@ def test_pid_files_of_the_dead(zenith_env_builder: ZenithEnvBuilder) -> None:
     finally:
         bystander.kill()
         bystander.wait()
-    assert document(env, "status")["warnings"] == []
+    wait_until(lambda: document(env, "status")["warnings"] == [], what="an end of the warnings")
 
 
 def test_init_twice(zenith_env_builder: ZenithEnvBuilder) -> None:
