@@ -10,6 +10,7 @@ invalid page header, which lies in one sector, unless the write ended within it.
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -21,7 +22,7 @@ from postgres_ffi.wal_format import (
     WAL_SEGMENT_SIZE,
     end_of_bytes,
     normalize_lsn,
-    page_header_size,
+    parse_page_header,
 )
 from safekeeper.verify_wal import last_record_end, wal_damaged
 from safekeeper.wal_files import (
@@ -36,9 +37,6 @@ from zenith_utils.lsn import lsn_text
 
 _SECTOR: Final = 512
 _LENGTH = struct.Struct("<I")
-# Fields of XLogPageHeaderData whose values are known: xlp_magic, xlp_pageaddr.
-_MAGIC = struct.Struct("<H")
-_PAGE_LSN = struct.Struct("<Q")
 
 
 def find_end_of_wal(directory: Path, start_lsn: int, magic: int) -> int:
@@ -111,11 +109,8 @@ def _is_torn(reader: SegmentReader, error: WalDecodeError, magic: int, complete_
 
 def _is_begun_header(page_lsn: int, sector: bytes, magic: int) -> bool:
     """Whether a page's first sector has the beginning of its header, or nothing, and no more."""
-    header = bytearray(sector[: page_header_size(page_lsn)])
-    _MAGIC.pack_into(header, 0, magic)
-    _PAGE_LSN.pack_into(header, 8, page_lsn)
-    written = sector.rstrip(b"\0")
-    return header.startswith(written)
+    header = replace(parse_page_header(sector), magic=magic, page_lsn=page_lsn)
+    return header.pack().startswith(sector.rstrip(b"\0"))
 
 
 def _raw_size(lsn: int, header: bytes) -> int:
