@@ -150,8 +150,7 @@ class Failpoint:
 
     def hit(self) -> None:
         """Do what is set. Raises FailpointError, FailpointPanic."""
-        with self._changed:
-            terms, term = self._terms, self._choose(random.random)
+        term = self.choose()
         if term is None or term.action is Action.OFF:
             return
         text = term.argument
@@ -168,14 +167,18 @@ class Failpoint:
             while time.monotonic() < end and not self._released:
                 pass
         else:
-            self._wait(terms, term.seconds if term.action is Action.SLEEP else None)
+            self._wait(term)
 
-    def _wait(self, terms: tuple[Term, ...], seconds: float | None) -> None:
-        """Until something other than `terms` is set, for `seconds` at most (None: for ever)."""
+    def _wait(self, term: Term) -> None:
+        """Until it is not what is set any more; a sleep, no longer than its time."""
+
+        def is_over() -> bool:
+            return self._released or not any(other is term for other in self._terms)
+
         with self._changed:
-            if seconds is None:
+            if term.action is Action.PAUSE:
                 log.info("failpoint %s pauses", self.name)
-            self._changed.wait_for(lambda: self._released or self._terms is not terms, seconds)
+            self._changed.wait_for(is_over, term.seconds if term.action is Action.SLEEP else None)
 
 
 def configure(points: Mapping[str, Failpoint], text: str) -> None:
