@@ -97,15 +97,13 @@ class WalStream:
                 # Before the compute is asked who waits: it may be all that they wait for.
                 self._send_status()
                 reply = False
-            reply |= self._serve_waiters()
-            if not conn.has_buffered_input():
-                if reply:
-                    self._send_status()
-                    reply = False
-                if not self._poll.poll(self._patience() * 1000):
-                    if self._idle():
-                        return StreamEnd.SWITCH
-                    continue
+            if self._serve_waiters():
+                reply = True
+                continue
+            if not conn.has_buffered_input() and not self._poll.poll(self._patience() * 1000):
+                if self._idle():
+                    return StreamEnd.SWITCH
+                continue
             try:
                 message = conn.recv_copy_data()
             except PqConnectionLost as error:

@@ -165,9 +165,8 @@ class WalReceiver:
             self._wake.clear()
         finally:
             with self._lock:
-                self._connection = None
+                self._connection = self._source = None
             self._received, self._stream = self.received_lsn, None
-            self._source = None
             connection.close()
             self._handle.metrics.wal_receiver_connected(-1)
             if not source.is_safekeeper:
