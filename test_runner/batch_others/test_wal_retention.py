@@ -448,8 +448,7 @@ def test_hot_standby_whose_wal_is_gone(zenith_env_builder: ZenithEnvBuilder) -> 
         safekeeper.start()
         remove_wal()
     # Its supervisor looks twice, some seconds apart, when Postgres is not just trying.
-    wait_until(lambda: standby.status() == "crashed", timeout=120, what="the standby to end")
-    standby.running = False
+    standby.wait_crashed(timeout=120)
     said = env.zenith_cli.raw_cli(["pg", "list"]).stderr
     assert "replica: the WAL at " in said
     assert "has been removed from the safekeepers" in said
