@@ -12,7 +12,7 @@ from typing import Any
 import psycopg2
 import pytest
 from fixtures.postgres import Postgres
-from fixtures.utils import wait_until
+from fixtures.utils import frozen, wait_until
 from fixtures.zenith_env import Safekeeper, ZenithEnv, ZenithEnvBuilder
 
 
@@ -248,17 +248,13 @@ def test_wal_waits_for_proposer(zenith_env_builder: ZenithEnvBuilder) -> None:
     )
     pg.safe_psql("CREATE TABLE t (i int, filler text)")
     safekeeper = int((env.safekeepers[0].data_dir / "safekeeper.pid").read_text())
-    os.kill(safekeeper, signal.SIGSTOP)
-    try:
-        with contextlib.closing(pg.connect()) as conn, conn.cursor() as cur:
-            cur.execute("SET synchronous_commit = off")
-            for _ in range(6):
-                cur.execute(
-                    "INSERT INTO t SELECT i, repeat('x', 1000) FROM generate_series(1, 16000) i"
-                )
-                cur.execute("CHECKPOINT")
-    finally:
-        os.kill(safekeeper, signal.SIGCONT)
+    with frozen(safekeeper), contextlib.closing(pg.connect()) as conn, conn.cursor() as cur:
+        cur.execute("SET synchronous_commit = off")
+        for _ in range(6):
+            cur.execute(
+                "INSERT INTO t SELECT i, repeat('x', 1000) FROM generate_series(1, 16000) i"
+            )
+            cur.execute("CHECKPOINT")
     # With WAL missing it would wait for ever: in the background it fails by a deadline instead.
     statement = BackgroundStatement(pg, "INSERT INTO t VALUES (0, 'acknowledged')")
     assert statement.wait() == "acknowledged"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +14,7 @@ from fixtures.oracle import dump_all
 from fixtures.pg_protocol import PgBin
 from fixtures.postgres import Postgres
 from fixtures.storage import Branch
-from fixtures.utils import child_pids, wait_until
+from fixtures.utils import child_pids, freeze, frozen, thaw, wait_until
 from fixtures.zenith_env import Safekeeper, ZenithEnv, ZenithEnvBuilder
 
 SETTINGS = ["max_prepared_transactions = 5"]
@@ -52,12 +50,8 @@ def followed_safekeeper(standby: Postgres) -> Safekeeper:
 @contextlib.contextmanager
 def hung(safekeeper: Safekeeper) -> Iterator[None]:
     """The process accepts connections, but says nothing."""
-    pid = int((safekeeper.data_dir / "safekeeper.pid").read_text())
-    os.kill(pid, signal.SIGSTOP)
-    try:
+    with frozen(safekeeper.pid()):
         yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
 
 
 class Writer:
@@ -216,14 +210,14 @@ def test_begins_where_a_commit_waits(zenith_env_builder: ZenithEnvBuilder) -> No
         commit.start()
         wait_until(lambda: main.safe_psql(whole)[0][0], what="a snapshot behind the commit record")
         # There are no snapshots any more.
-        os.kill(writer, signal.SIGSTOP)
+        freeze(writer)
     try:
         commit.join()
         Branch.of(main).wait_for(main)
         standby = standby_of(env, "main", "replica")
         assert standby.safe_psql("SELECT i FROM t") == [(1,)]
     finally:
-        os.kill(writer, signal.SIGCONT)
+        thaw(writer)
 
 
 # The large table takes the WAL into the next segments, where a standby's first checkpoint lies.

@@ -7,14 +7,13 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg2
 import pytest
 from batch_others.test_durability import BackgroundStatement, waits_for_quorum
 from fixtures.postgres import Postgres
-from fixtures.utils import process_exists, wait_until
+from fixtures.utils import frozen, process_exists, wait_until
 from fixtures.zenith_env import Safekeeper, ZenithEnv, ZenithEnvBuilder
 
 
@@ -33,19 +32,6 @@ def kill_walproposer(pg: Postgres) -> None:
     pid = walproposer_pid(pg)
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not process_exists(pid), what="the walproposer to die")
-
-
-@contextlib.contextmanager
-def frozen(pids: list[int]) -> Iterator[None]:
-    """Processes that hang meanwhile."""
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
 
 
 def safekeeper_pids(safekeepers: list[Safekeeper]) -> list[int]:
@@ -134,7 +120,7 @@ def test_killed_while_a_commit_waits(zenith_env_builder: ZenithEnvBuilder) -> No
     majority has.
     """
     env, pg = start_with_table(zenith_env_builder)
-    with frozen(safekeeper_pids(env.safekeepers[1:])):
+    with frozen(*safekeeper_pids(env.safekeepers[1:])):
         statement = BackgroundStatement(pg, "INSERT INTO t VALUES (1, 1)")
         wait_until(lambda: waits_for_quorum(pg, statement.pid), what="the commit to wait")
         kill_walproposer(pg)
@@ -175,7 +161,7 @@ def test_killed_during_a_clean_stop(zenith_env_builder: ZenithEnvBuilder) -> Non
     pg.safe_psql("INSERT INTO t VALUES (1, 1)")
     supervisor = pg.supervisor_pid()
     proposer = walproposer_pid(pg)
-    with frozen(safekeeper_pids(env.safekeepers[1:])):
+    with frozen(*safekeeper_pids(env.safekeepers[1:])):
         # The shutdown waits for the walproposer, which waits for the quorum.
         os.kill(supervisor, signal.SIGTERM)
         wait_until(
@@ -244,7 +230,7 @@ def test_second_compute_fences_the_first(zenith_env_builder: ZenithEnvBuilder) -
     """
     env, first = start_with_table(zenith_env_builder)
     first.safe_psql("INSERT INTO t VALUES (1, 1)")
-    with frozen([walproposer_pid(first)]):
+    with frozen(walproposer_pid(first)):
         statement = BackgroundStatement(first, "INSERT INTO t VALUES (1, 2)")
         wait_until(lambda: waits_for_quorum(first, statement.pid), what="the commit to wait")
         second = second_compute(env)
@@ -280,7 +266,7 @@ def test_machine_hangs_and_wakes_up(zenith_env_builder: ZenithEnvBuilder) -> Non
             cur.execute("INSERT INTO t VALUES (1, 2)")
             done.append("acknowledged")
 
-    with frozen(pids):
+    with frozen(*pids):
         writer = threading.Thread(target=write)
         writer.start()
         second = second_compute(env)
@@ -302,7 +288,7 @@ def test_another_led_meanwhile(zenith_env_builder: ZenithEnvBuilder) -> None:
     first.safe_psql("INSERT INTO t VALUES (1, 1)")
     supervisor = first.supervisor_pid()
     proposer = walproposer_pid(first)
-    with frozen([supervisor]):
+    with frozen(supervisor):
         os.kill(proposer, signal.SIGKILL)
         statement = BackgroundStatement(first, "INSERT INTO t VALUES (1, 2)")
         wait_until(lambda: waits_for_quorum(first, statement.pid), what="the commit to wait")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import shutil
-import signal
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,7 +15,7 @@ from fixtures.postgres import Postgres
 from fixtures.safekeeper_wal import Timeline, assert_same_wal
 from fixtures.storage import FLUSH_LSN, Branch
 from fixtures.tcp_proxy import Direction, TcpProxy
-from fixtures.utils import lsn_from_hex, wait_until
+from fixtures.utils import frozen, lsn_from_hex, wait_until
 from fixtures.writer import Writer
 from fixtures.zenith_env import Safekeeper, ZenithEnvBuilder
 
@@ -64,13 +62,8 @@ def resident_bytes(pid: int) -> int:
 @contextlib.contextmanager
 def stopped(*safekeepers: Safekeeper) -> Iterator[None]:
     """Neither do they do anything nor are their connections closed meanwhile."""
-    for safekeeper in safekeepers:
-        os.kill(safekeeper.pid(), signal.SIGSTOP)
-    try:
+    with frozen(*(safekeeper.pid() for safekeeper in safekeepers)):
         yield
-    finally:
-        for safekeeper in safekeepers:
-            os.kill(safekeeper.pid(), signal.SIGCONT)
 
 
 def start(builder: ZenithEnvBuilder, *, proxied: bool = False) -> Postgres:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import shutil
-import signal
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +14,7 @@ from typing import Any
 import requests
 from fixtures.postgres import Postgres
 from fixtures.safekeeper_wal import SEGMENT, Timeline
-from fixtures.utils import child_pids, lsn_from_hex, wait_until
+from fixtures.utils import child_pids, frozen, lsn_from_hex, wait_until
 from fixtures.zenith_env import Safekeeper, ZenithEnv, ZenithEnvBuilder
 
 
@@ -404,20 +402,8 @@ def suspended(pg: Postgres) -> Iterator[None]:
     """All processes of a node are stopped (SIGSTOP)."""
     # A postmaster that is stopped starts no more children, but some may be ending.
     pids = [pg.supervisor_pid(), pg.postmaster_pid()]
-    send(signal.SIGSTOP, pids)
-    pids += child_pids(pids[1])
-    send(signal.SIGSTOP, pids)
-    try:
+    with frozen(*pids), frozen(*child_pids(pids[1])):
         yield
-    finally:
-        send(signal.SIGCONT, pids)
-
-
-def send(number: signal.Signals, pids: list[int]) -> None:
-    """Send a signal to those of some processes that live."""
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
 
 
 def test_hot_standby_whose_wal_is_gone(zenith_env_builder: ZenithEnvBuilder) -> None:

@@ -4,9 +4,7 @@ The fixtures are for the modules that import them.
 """
 
 import contextlib
-import os
 import shutil
-import signal
 import struct
 import subprocess
 import tempfile
@@ -18,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from batch_unit.redo_support import PAGE_SIZE
+from fixtures.utils import freeze
 
 from pageserver.walredo import RedoRequest, WalRedoPool
 from pgxn.build import build_module
@@ -133,7 +132,7 @@ def stopped_pool(make_pool: MakePool, timeout: float) -> tuple[WalRedoPool, int]
     pool = make_pool(max_processes=1, timeout=timeout)
     pool.redo([echo(0)])
     (pid,) = processes(pool)
-    os.kill(pid, signal.SIGSTOP)
+    freeze(pid)
     return pool, pid
 
 

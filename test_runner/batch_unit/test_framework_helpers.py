@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import socket
 import subprocess
@@ -25,7 +24,7 @@ from fixtures.pg_protocol import PgBin, VanillaPostgres
 from fixtures.ports import PortDistributor, can_bind
 from fixtures.postgres import Postgres, PostgresFactory
 from fixtures.restored_datadir import list_files_to_compare
-from fixtures.utils import get_dir_size, lsn_from_hex, print_gc_result
+from fixtures.utils import freeze, get_dir_size, lsn_from_hex, print_gc_result
 from fixtures.waits import remote_consistent_lsn, wait_for, wait_for_last_record_lsn
 from fixtures.zenith_env import ZenithEnv, ZenithEnvBuilder
 
@@ -223,7 +222,7 @@ def test_nodes_that_were_suspended_end(monkeypatch: pytest.MonkeyPatch) -> None:
         assert process.stdout is not None
         process.stdout.readline()
         try:
-            os.kill(process.pid, signal.SIGSTOP)
+            freeze(process.pid)
             for node in factory.instances:
                 pids = [process.pid] if node.node_name == "b" else []
                 monkeypatch.setattr(node, "supervisor_pids", lambda pids=pids: pids)

@@ -21,6 +21,7 @@ from batch_unit.redo_pools import (
     stopped_pool,
     wait_until,
 )
+from fixtures.utils import freeze, thaw
 
 from pageserver._walredo_process import ProcessSettings, RedoProcess, start_process
 from pageserver.walredo import RedoRequest, WalRedoError, WalRedoPool
@@ -158,7 +159,7 @@ def test_what_was_twice_at_the_head_of_a_killed_process_is_given_up(
 
     def start_stopped(settings: ProcessSettings) -> RedoProcess:
         process = start_process(settings)
-        os.kill(process.pid, signal.SIGSTOP)
+        freeze(process.pid)
         return process
 
     monkeypatch.setattr("pageserver.walredo.start_process", start_stopped)
@@ -180,7 +181,7 @@ def test_a_large_batch_leaves_room_for_others(stopped: tuple[WalRedoPool, int]) 
     pool, pid = stopped
     calls = in_line(pool, [range(1000), range(5000, 5001)])
     assert in_flight(pool) == WINDOW + 1
-    os.kill(pid, signal.SIGCONT)
+    thaw(pid)
     for group, thread, result in calls:
         thread.join()
         assert result == [[page(n) for n in group]]
@@ -190,7 +191,7 @@ def test_more_callers_than_a_process_holds(stopped: tuple[WalRedoPool, int]) -> 
     pool, pid = stopped
     calls = [(n, *in_thread(partial(pool.redo, [echo(n)]))) for n in range(100)]
     wait_until(lambda: pool._queue.waiting == 36)
-    os.kill(pid, signal.SIGCONT)
+    thaw(pid)
     for n, thread, result in calls:
         thread.join()
         assert result == [[page(n)]]
@@ -224,7 +225,7 @@ def test_an_interrupted_call_leaves_nothing_behind(stopped: tuple[WalRedoPool, i
             sender.join()
     finally:
         signal.signal(signal.SIGUSR1, before)
-    os.kill(pid, signal.SIGCONT)
+    thaw(pid)
     assert pool.redo([echo(n) for n in range(100)]) == [page(n) for n in range(100)]
     assert in_flight(pool) == 0
     assert pool.processes_started == 1

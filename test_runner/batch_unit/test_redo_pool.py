@@ -22,7 +22,7 @@ from batch_unit.redo_pools import (
     processes,
     wait_until,
 )
-from fixtures.utils import process_exists
+from fixtures.utils import freeze, process_exists, thaw
 
 from pageserver.walredo import RedoRequest, WalRedoClosedError, WalRedoError, WalRedoPool
 from postgres_ffi.distrib import PgDistrib
@@ -86,7 +86,7 @@ def test_kill_during_a_batch_loses_nothing(make_pool: MakePool) -> None:
     pool = make_pool(max_processes=1)
     pool.redo([echo(0)])
     (pid,) = processes(pool)
-    os.kill(pid, signal.SIGSTOP)
+    freeze(pid)
     numbers = range(300)
     thread, result = in_thread(lambda: pool.redo([echo(n) for n in numbers]))
     wait_until(lambda: in_flight(pool) > 0)
@@ -113,7 +113,7 @@ def test_a_process_that_a_background_thread_asked_for_is_not_nice(make_pool: Mak
 def test_a_request_that_times_out(make_pool: MakePool) -> None:
     pool = make_pool(max_processes=1, timeout=2.0)  # it has to start within it
     pool.redo([echo(0)])
-    os.kill(processes(pool)[0], signal.SIGSTOP)
+    freeze(processes(pool)[0])
     first, second = pool.redo_each([echo(7), echo(8)])
     assert "page 7 of relation 1663/5/16384 fork 0 timed out after 2 s" in str(first)
     assert isinstance(first, WalRedoError)
@@ -128,20 +128,20 @@ def test_requests_leave_a_process_that_does_not_get_on(
     pool = make_pool(max_processes=2)
     pool.redo([echo(0)])
     (first,) = processes(pool)
-    os.kill(first, signal.SIGSTOP)
+    freeze(first)
     assert pool.redo([echo(n) for n in range(20)]) == [page(n) for n in range(20)]
     (second,) = set(processes(pool)) - {first}
 
-    os.kill(second, signal.SIGSTOP)
+    freeze(second)
     queued = [in_thread(partial(pool.redo, [echo(n)])) for n in range(8)]
     wait_until(lambda: in_flight(pool) >= 8)
     assert len(processes(pool)) == 2
     assert not any(result for _, result in queued)
-    os.kill(second, signal.SIGCONT)
+    thaw(second)
     for n, (thread, result) in enumerate(queued):
         thread.join()
         assert result == [[page(n)]]
-    os.kill(first, signal.SIGCONT)
+    thaw(first)
     assert pool.redo([echo(1)]) == [page(1)]
     assert pool.processes_started == 2
 
@@ -150,7 +150,7 @@ def test_close_ends_calls_and_processes(make_pool: MakePool) -> None:
     pool = make_pool(max_processes=1)
     pool.redo([echo(0)])
     (pid,) = processes(pool)
-    os.kill(pid, signal.SIGSTOP)
+    freeze(pid)
     calls = [in_thread(partial(pool.redo, [echo(n)])) for n in range(SLOTS + 2)]
     wait_until(lambda: pool._queue.waiting == 2)
     pool.close()

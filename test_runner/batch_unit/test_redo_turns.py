@@ -22,6 +22,7 @@ from batch_unit.redo_pools import (
     processes,
     wait_until,
 )
+from fixtures.utils import thaw
 
 from pageserver.walredo import RedoRequest, WalRedoClosedError, WalRedoError, WalRedoPool
 
@@ -82,7 +83,7 @@ def test_callers_of_many_pages_take_turns(stopped: tuple[WalRedoPool, int]) -> N
     assert in_flight(pool) == TURNS * WINDOW
     calls += in_line(pool, [range(7, 8)])
     assert in_flight(pool) == TURNS * WINDOW + 1
-    os.kill(pid, signal.SIGCONT)
+    thaw(pid)
     join([thread for _, thread, _ in calls] + [thread for thread, _ in others])
     for group, _, result in calls:
         assert result == [[page(n) for n in group]]
@@ -145,7 +146,7 @@ def test_an_interrupted_wait_for_a_turn_leaves_nothing_behind(
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert waiting_for_turn(pool) == 0
-    os.kill(pid, signal.SIGCONT)
+    thaw(pid)
     join([thread for _, thread, _ in calls])
     assert pool.redo([echo(n) for n in range(300)]) == [page(n) for n in range(300)]
 

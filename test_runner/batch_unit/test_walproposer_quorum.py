@@ -22,6 +22,7 @@ from batch_unit.walproposer_support import (
     wal_cluster,
 )
 from batch_unit.workspace import temporary_workspace
+from fixtures.utils import freeze, thaw
 
 from postgres_ffi.wal_format import WAL_SEGMENT_SIZE, wal_file_name
 from zenith_utils.lsn import Lsn, lsn_text
@@ -271,12 +272,12 @@ def test_a_frozen_safekeeper_costs_no_memory(cluster: WalCluster) -> None:
     frozen = cluster.safekeepers[0]
     assert frozen.process is not None
     assert proposer.process is not None
-    os.kill(frozen.process.pid, 19)  # SIGSTOP
+    freeze(frozen.process.pid)
     postgres.sql("create table t (a int, b text)")
     before = resident_kb(proposer.process.pid)
     postgres.sql("insert into t select i, repeat('x', 100) from generate_series(1, 200000) i")
     assert resident_kb(proposer.process.pid) - before < 8192
-    os.kill(frozen.process.pid, 18)  # SIGCONT
+    thaw(frozen.process.pid)
     caught_up(cluster, frozen, current_lsn(postgres))
 
 
