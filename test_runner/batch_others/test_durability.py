@@ -247,8 +247,8 @@ def test_wal_waits_for_proposer(zenith_env_builder: ZenithEnvBuilder) -> None:
         "main", config_lines=["wal_keep_size=0", "max_wal_size=32MB", "wal_sender_timeout=0"]
     )
     pg.safe_psql("CREATE TABLE t (i int, filler text)")
-    safekeeper = int((env.safekeepers[0].data_dir / "safekeeper.pid").read_text())
-    with frozen(safekeeper), contextlib.closing(pg.connect()) as conn, conn.cursor() as cur:
+    pid = env.safekeepers[0].pid()
+    with frozen(pid), contextlib.closing(pg.connect()) as conn, conn.cursor() as cur:
         cur.execute("SET synchronous_commit = off")
         for _ in range(6):
             cur.execute(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +44,6 @@ def followed_safekeeper(standby: Postgres) -> Safekeeper:
     ports = "SELECT sender_port FROM pg_stat_wal_receiver WHERE sender_port IS NOT NULL"
     ((port,),) = wait_until(lambda: standby.safe_psql(ports), what="a safekeeper to be followed")
     return next(s for s in standby.env.safekeepers if s.port.pg == port)
-
-
-@contextlib.contextmanager
-def hung(safekeeper: Safekeeper) -> Iterator[None]:
-    """The process accepts connections, but says nothing."""
-    with frozen(safekeeper.pid()):
-        yield
 
 
 class Writer:
@@ -206,7 +198,7 @@ def test_begins_where_a_commit_waits(zenith_env_builder: ZenithEnvBuilder) -> No
         " JOIN wal m ON m.record_type = 'NOOP' AND m.start_lsn > s.start_lsn"
     )
     commit = threading.Thread(target=main.safe_psql, args=("INSERT INTO t VALUES (1)",))
-    with hung(env.safekeepers[0]):
+    with frozen(env.safekeepers[0].pid()):
         commit.start()
         wait_until(lambda: main.safe_psql(whole)[0][0], what="a snapshot behind the commit record")
         # There are no snapshots any more.
@@ -315,7 +307,7 @@ def test_survives_kills(zenith_env_builder: ZenithEnvBuilder, pg_bin: PgBin) -> 
             writer.wait_for_more()
             check_written(standby, writer)
             safekeeper.start()
-        with hung(followed_safekeeper(standby)):
+        with frozen(followed_safekeeper(standby).pid()):
             writer.wait_for_more()
             check_written(standby, writer)
         standby.kill()

@@ -36,7 +36,7 @@ def kill_walproposer(pg: Postgres) -> None:
 
 def safekeeper_pids(safekeepers: list[Safekeeper]) -> list[int]:
     """Process ids of running safekeepers."""
-    return [int((s.data_dir / "safekeeper.pid").read_text()) for s in safekeepers]
+    return [s.pid() for s in safekeepers]
 
 
 def compute_log(pg: Postgres) -> str:
