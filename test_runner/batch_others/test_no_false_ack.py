@@ -12,7 +12,6 @@ from pathlib import Path
 import psycopg2
 import pytest
 from batch_others.test_durability import BackgroundStatement, waits_for_quorum
-from batch_others.test_proposer_restart import safekeeper_pids
 from fixtures.postgres import Postgres
 from fixtures.utils import frozen, process_exists, wait_until
 from fixtures.zenith_env import ZenithEnv, ZenithEnvBuilder
@@ -39,7 +38,7 @@ def node(zenith_env_builder: ZenithEnvBuilder) -> tuple[ZenithEnv, Postgres]:
 @contextlib.contextmanager
 def quorum_away(env: ZenithEnv) -> Iterator[None]:
     """Two of three safekeepers hang."""
-    with frozen(*safekeeper_pids(env.safekeepers[1:])):
+    with frozen(*(s.pid() for s in env.safekeepers[1:])):
         yield
 
 

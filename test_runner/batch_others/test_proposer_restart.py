@@ -14,7 +14,7 @@ import pytest
 from batch_others.test_durability import BackgroundStatement, waits_for_quorum
 from fixtures.postgres import Postgres
 from fixtures.utils import frozen, process_exists, wait_until
-from fixtures.zenith_env import Safekeeper, ZenithEnv, ZenithEnvBuilder
+from fixtures.zenith_env import ZenithEnv, ZenithEnvBuilder
 
 
 def walproposer_pid(pg: Postgres) -> int:
@@ -32,11 +32,6 @@ def kill_walproposer(pg: Postgres) -> None:
     pid = walproposer_pid(pg)
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not process_exists(pid), what="the walproposer to die")
-
-
-def safekeeper_pids(safekeepers: list[Safekeeper]) -> list[int]:
-    """Process ids of running safekeepers."""
-    return [s.pid() for s in safekeepers]
 
 
 def compute_log(pg: Postgres) -> str:
@@ -120,7 +115,7 @@ def test_killed_while_a_commit_waits(zenith_env_builder: ZenithEnvBuilder) -> No
     majority has.
     """
     env, pg = start_with_table(zenith_env_builder)
-    with frozen(*safekeeper_pids(env.safekeepers[1:])):
+    with frozen(*(s.pid() for s in env.safekeepers[1:])):
         statement = BackgroundStatement(pg, "INSERT INTO t VALUES (1, 1)")
         wait_until(lambda: waits_for_quorum(pg, statement.pid), what="the commit to wait")
         kill_walproposer(pg)
@@ -161,7 +156,7 @@ def test_killed_during_a_clean_stop(zenith_env_builder: ZenithEnvBuilder) -> Non
     pg.safe_psql("INSERT INTO t VALUES (1, 1)")
     supervisor = pg.supervisor_pid()
     proposer = walproposer_pid(pg)
-    with frozen(*safekeeper_pids(env.safekeepers[1:])):
+    with frozen(*(s.pid() for s in env.safekeepers[1:])):
         # The shutdown waits for the walproposer, which waits for the quorum.
         os.kill(supervisor, signal.SIGTERM)
         wait_until(

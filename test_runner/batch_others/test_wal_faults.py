@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from fixtures.storage import FLUSH_LSN, Branch
 from fixtures.tcp_proxy import Direction, TcpProxy
 from fixtures.utils import frozen, lsn_from_hex, wait_until
 from fixtures.writer import Writer
-from fixtures.zenith_env import Safekeeper, ZenithEnvBuilder
+from fixtures.zenith_env import ZenithEnvBuilder
 
 DAY = 24 * 3600
 # Some 40 MB of WAL: more than two segments.
@@ -59,13 +58,6 @@ def resident_bytes(pid: int) -> int:
     return int(match[1]) * 1024
 
 
-@contextlib.contextmanager
-def stopped(*safekeepers: Safekeeper) -> Iterator[None]:
-    """Neither do they do anything nor are their connections closed meanwhile."""
-    with frozen(*(safekeeper.pid() for safekeeper in safekeepers)):
-        yield
-
-
 def start(builder: ZenithEnvBuilder, *, proxied: bool = False) -> Postgres:
     """A compute over three safekeepers that sync."""
     builder.num_safekeepers = 3
@@ -105,7 +97,7 @@ def test_hung_safekeeper(zenith_env_builder: ZenithEnvBuilder) -> None:
     with Writer(pg) as writer:
         writer.go_on()
         before = resident_bytes(proposer)
-        with stopped(pg.env.safekeepers[1]):
+        with frozen(pg.env.safekeepers[1].pid()):
             pg.safe_psql(BULK)
             writer.go_on()
             assert resident_bytes(proposer) < before + (16 << 20)
@@ -121,7 +113,7 @@ def test_hung_majority(zenith_env_builder: ZenithEnvBuilder) -> None:
     pg = start(zenith_env_builder)
     with Writer(pg) as writer:
         writer.go_on()
-        with stopped(*pg.env.safekeepers[1:]):
+        with frozen(*(s.pid() for s in pg.env.safekeepers[1:])):
             wait_until(lambda: commits_wait(pg), what="a commit to wait for the quorum")
             acknowledged = writer.acknowledged
         writer.go_on()

@@ -26,6 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from batch_unit.walproposer_support import SUPERUSER, Postgres, wait_until, wal_cluster
+from fixtures.utils import stat_fields
 
 from zenith_utils.os_user import give, popen_kwargs
 
@@ -107,7 +108,7 @@ def cpu_seconds(pid: int) -> float:
     stats = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            stats[int(path.parent.name)] = path.read_text().rsplit(")", 1)[1].split()
+            stats[int(path.parent.name)] = stat_fields(path)
     # Field 2 is the parent; 12 to 15 are the process' own times and those of ended children.
     ticks = sum(int(field) for field in stats[pid][11:15])
     for fields in stats.values():

@@ -36,6 +36,7 @@ from batch_unit.pageserver_support import (
     settings_for,
     wait_until,
 )
+from fixtures.utils import stat_fields
 from performance.store_workload import MIB, load_average, percentiles, times_us
 
 from postgres_ffi.distrib import find_distrib
@@ -73,7 +74,7 @@ def report(name: str, value: float, unit: str) -> None:
 
 def cpu_seconds(pid: int) -> float:
     """CPU time that a process has used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    fields = stat_fields(Path(f"/proc/{pid}/stat"))
     return (int(fields[11]) + int(fields[12])) / TICKS
 
 
